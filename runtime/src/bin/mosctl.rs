@@ -1,0 +1,2 @@
+//! mosctl
+fn main() {}

@@ -1,0 +1,2 @@
+//! mosd
+fn main() {}

@@ -1,0 +1,2 @@
+//! mosrun
+fn main() {}
