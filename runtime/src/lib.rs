@@ -1,1 +1,5 @@
-//! runtime
+//! The node: daemon, supervisor, placement, and what the programs `mosrun`, `mosd` and `mosctl` are made of.
+
+pub mod codec;
+pub mod job_id;
+pub mod supervisor;
