@@ -2,4 +2,6 @@
 
 pub mod codec;
 pub mod job_id;
+pub mod jobs;
+pub mod rundir;
 pub mod supervisor;

@@ -1,0 +1,258 @@
+//! Visiting the sockets of jobs.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::{JobAnswer, JobInfo, JobRequest};
+use crate::codec::{self, CodecError, MAX_MESSAGE};
+use crate::rundir;
+
+/// How long a deputy may take to describe its job.
+const LIST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a migration may take before we stop waiting for word of it. It goes on without us.
+const MIGRATE_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// A job could not be asked, or refused.
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    /// Nobody listens.
+    #[error("{path}: {source}", path = .path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What connect(2) said.
+        source: io::Error,
+    },
+    /// The conversation failed. Whether a migration was done is unknown.
+    #[error("the job did not answer: {0}")]
+    Channel(#[from] CodecError),
+    /// The deputy refused; nothing changed.
+    #[error("{0}")]
+    Refused(String),
+    /// The deputy answered something else than what was asked.
+    #[error("the job answered out of turn")]
+    OutOfTurn,
+    /// No job has such a process.
+    #[error(
+        "process {0} belongs to no job of yours; `mosps` lists those that do (a program takes part when it is started with mosrun)"
+    )]
+    NoSuchProcess(u32),
+}
+
+fn ask(path: &Path, request: &JobRequest, timeout: Duration) -> Result<JobAnswer, JobError> {
+    let connect = |source| JobError::Connect {
+        path: path.to_owned(),
+        source,
+    };
+    let mut stream = UnixStream::connect(path).map_err(connect)?;
+    stream.set_read_timeout(Some(timeout)).map_err(CodecError::from)?;
+    stream
+        .set_write_timeout(Some(LIST_TIMEOUT))
+        .map_err(CodecError::from)?;
+    codec::write_message(&mut stream, request)?;
+    match codec::read_message(&mut stream, MAX_MESSAGE)? {
+        JobAnswer::Refused(why) => Err(JobError::Refused(why)),
+        answer => Ok(answer),
+    }
+}
+
+/// Asks the job at `path` to describe itself.
+///
+/// # Errors
+/// See [`JobError`].
+pub fn list(path: &Path) -> Result<JobInfo, JobError> {
+    match ask(path, &JobRequest::List, LIST_TIMEOUT)? {
+        JobAnswer::Job(job) => Ok(job),
+        _ => Err(JobError::OutOfTurn),
+    }
+}
+
+/// Asks the job at `path` to move one of its processes; returns when it has arrived.
+///
+/// # Errors
+/// See [`JobError`].
+pub fn migrate(path: &Path, pid: u32, to: u32) -> Result<(), JobError> {
+    match ask(path, &JobRequest::Migrate { pid, to }, MIGRATE_TIMEOUT)? {
+        JobAnswer::Done => Ok(()),
+        _ => Err(JobError::OutOfTurn),
+    }
+}
+
+/// The rundirs whose jobs the caller may see: its own; for root also those of all users.
+pub fn rundirs() -> Vec<PathBuf> {
+    let mut dirs = vec![rundir::path()];
+    if nix::unistd::geteuid().is_root() {
+        let children = |top: &str| {
+            let entries = std::fs::read_dir(top).ok();
+            entries
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|e| e.path())
+                .collect::<Vec<_>>()
+        };
+        dirs.push(rundir::SYSTEM.into());
+        dirs.extend(children("/run/user").into_iter().map(|p| p.join("mosrun")));
+        dirs.extend(children("/tmp").into_iter().filter(|p| {
+            p.file_name()
+                .and_then(|n| n.to_str())
+                .is_some_and(|n| n.starts_with("mosrun-"))
+        }));
+        dirs.sort();
+        dirs.dedup();
+    }
+    dirs
+}
+
+/// Describes every job in `rundirs`, in the order of their deputies' pids, with the socket of each. A socket that nobody
+/// listens on any more is removed when its deputy is dead; a job that does not answer is left out.
+pub fn all(rundirs: &[PathBuf]) -> Vec<(PathBuf, JobInfo)> {
+    let mut jobs = Vec::new();
+    for dir in rundirs {
+        let Ok(entries) = std::fs::read_dir(rundir::jobs_dir(dir)) else {
+            continue;
+        };
+        for path in entries.flatten().map(|e| e.path()) {
+            let Some(pid) = deputy_of(&path) else { continue };
+            match list(&path) {
+                Ok(job) => jobs.push((path, job)),
+                Err(JobError::Connect { source, .. })
+                    if source.kind() == io::ErrorKind::ConnectionRefused =>
+                {
+                    if !Path::new(&format!("/proc/{pid}")).exists() {
+                        let _ = std::fs::remove_file(&path);
+                    }
+                }
+                Err(e) => tracing::debug!("{}: {e}", path.display()),
+            }
+        }
+    }
+    jobs.sort_by_key(|(_, job)| job.deputy_pid);
+    jobs
+}
+
+fn deputy_of(socket: &Path) -> Option<u32> {
+    socket.file_name()?.to_str()?.strip_suffix(".sock")?.parse().ok()
+}
+
+/// Finds the job of process `pid`, which may also be the pid of its `mosrun`, and the pid to speak of.
+///
+/// # Errors
+/// [`JobError::NoSuchProcess`].
+pub fn find(rundirs: &[PathBuf], pid: u32) -> Result<(PathBuf, JobInfo, u32), JobError> {
+    for (path, job) in all(rundirs) {
+        if job.processes.iter().any(|p| p.pid == pid) {
+            return Ok((path, job, pid));
+        }
+        if pid == job.front_pid || pid == job.deputy_pid {
+            let main = job.main_pid;
+            return Ok((path, job, main));
+        }
+    }
+    Err(JobError::NoSuchProcess(pid))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::Arc;
+
+    use super::super::{Arrival, Counters, HOME, JobControl, JobServer, ProcInfo};
+    use super::*;
+    use crate::job_id::JobId;
+
+    struct Fake(JobInfo);
+
+    impl JobControl for Fake {
+        fn list(&self) -> JobInfo {
+            self.0.clone()
+        }
+        fn migrate(&self, pid: u32, to: u32) -> Result<(), String> {
+            if pid == 12 && to == HOME {
+                Ok(())
+            } else {
+                Err(format!("{pid} stays"))
+            }
+        }
+    }
+
+    fn fake() -> Fake {
+        let process = ProcInfo {
+            pid: 12,
+            ppid: 11,
+            comm: "sleep".into(),
+            node: 2,
+            home: 1,
+            arrival: Arrival::WentHome("io_uring_setup".into()),
+            threads: 1,
+            rss_bytes: 1 << 20,
+            cpu_ms: 5,
+            counters: Counters {
+                calls_forwarded: 7,
+                ..Counters::default()
+            },
+            calls_per_s: 1.5,
+            stay: None,
+        };
+        Fake(JobInfo {
+            id: JobId::new(1, 11),
+            front_pid: 10,
+            deputy_pid: 11,
+            main_pid: 12,
+            uid: 0,
+            started_unix_ms: 1,
+            processes: vec![process],
+            totals: Counters::default(),
+        })
+    }
+
+    #[test]
+    fn a_job_is_found_listed_and_steered() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = top.path().join("run");
+        let dirs = [dir.clone()];
+        let fake = fake();
+        let info = fake.0.clone();
+        let server = JobServer::start(&rundir::job_socket(&dir, 11), Arc::new(fake)).unwrap();
+        let (path, job, pid) = find(&dirs, 10).unwrap();
+        assert_eq!((&*path, &job, pid), (server.path(), &info, 12));
+        migrate(&path, pid, HOME).unwrap();
+        assert!(matches!(migrate(&path, pid, 3), Err(JobError::Refused(why)) if why == "12 stays"));
+        assert!(matches!(find(&dirs, 99), Err(JobError::NoSuchProcess(99))));
+        drop(server);
+        assert!(!path.exists());
+        assert!(all(&dirs).is_empty());
+    }
+
+    #[test]
+    fn garbage_ends_only_its_own_connection() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = top.path().join("run");
+        let _server = JobServer::start(&rundir::job_socket(&dir, 1), Arc::new(fake())).unwrap();
+        let path = rundir::job_socket(&dir, 1);
+        for garbage in [&[0xff; 16][..], &[3, 0, 0, 0, 9, 9, 9], &[200, 0]] {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            let _ = stream.write_all(garbage);
+            drop(stream);
+        }
+        assert_eq!(all(&[dir]).len(), 1);
+    }
+
+    #[test]
+    fn a_dead_jobs_socket_is_swept() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = top.path().join("run");
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id();
+        child.wait().unwrap();
+        let path = rundir::job_socket(&dir, pid);
+        rundir::ensure(&dir).unwrap();
+        rundir::ensure(&rundir::jobs_dir(&dir)).unwrap();
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        assert!(all(&[dir]).is_empty());
+        assert!(!path.exists());
+    }
+}
