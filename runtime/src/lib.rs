@@ -3,5 +3,6 @@
 pub mod codec;
 pub mod job_id;
 pub mod jobs;
+pub mod lab;
 pub mod rundir;
 pub mod supervisor;

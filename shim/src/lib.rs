@@ -1,1 +1,2 @@
 //! shim
+pub mod lab;
