@@ -1,1 +1,3 @@
 //! linklayer
+
+pub mod image;

@@ -1,2 +1,4 @@
 //! shim
 pub mod lab;
+
+pub mod ptrace;

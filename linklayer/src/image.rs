@@ -1,0 +1,624 @@
+//! The image of a process: what is taken from it where it stops and given to it where it goes on.
+//!
+//! These are wire types. An image that came from the other end is hostile until [`ProcessImage::validate`] accepted it:
+//! afterwards its areas are sorted, page-aligned, disjoint, inside user space and outside [`RESERVED`], and every list is
+//! bounded. Page contents do not travel in the image.
+
+use std::ops::Range;
+
+use bincode::{Decode, Encode};
+use thiserror::Error;
+
+/// Size of a page in bytes on x86_64.
+pub const PAGE: u64 = 4096;
+/// First address that user space cannot map (47-bit address space, with the guard page the kernel keeps).
+pub const USER_END: u64 = 0x7fff_ffff_f000;
+/// Addresses that a vessel keeps for itself (stub page and arena segments): no area of an image may lie there.
+pub const RESERVED: Range<u64> = 0x0fff_ffff_0000..0x1001_0000_0000;
+/// Most areas of one image: the kernel's default vm.max_map_count.
+pub const MAX_AREAS: usize = 65_530;
+/// Most threads of one image.
+pub const MAX_THREADS: usize = 32_768;
+/// Most bytes of one thread's extended register state (AMX included, with room).
+pub const MAX_XSTATE: usize = 16 * 1024;
+/// Most bytes of the auxiliary vector.
+pub const MAX_AUXV: usize = 4096;
+/// Most pending signals of one queue.
+pub const MAX_PENDING: usize = 4096;
+/// Number of signals of x86_64 Linux (1..=64).
+pub const SIGNALS: usize = 64;
+
+/// Why an image was not accepted. Nothing was changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum ImageError {
+    /// A list is longer than its bound.
+    #[error("{what} of the image has {len} elements, at most {max} are accepted")]
+    TooLong {
+        /// which list
+        what: &'static str,
+        /// its length
+        len: usize,
+        /// its bound
+        max: usize,
+    },
+    /// An area is empty, misaligned, outside user space, or has unknown bits.
+    #[error("area {start:#x}-{end:#x} is malformed")]
+    Area {
+        /// first address
+        start: u64,
+        /// address after the last
+        end: u64,
+    },
+    /// Two areas overlap or are out of order.
+    #[error("area {start:#x}-{end:#x} overlaps its predecessor")]
+    Overlap {
+        /// first address
+        start: u64,
+        /// address after the last
+        end: u64,
+    },
+    /// An area lies where the vessel's stub and arena are.
+    #[error("area {start:#x}-{end:#x} lies in the reserved range")]
+    Reserved {
+        /// first address
+        start: u64,
+        /// address after the last
+        end: u64,
+    },
+    /// No thread, two threads with one id, an id below 1, or no thread with the process's id.
+    #[error("the thread list is malformed at tid {tid}")]
+    Threads {
+        /// the offending id
+        tid: i32,
+    },
+}
+
+/// Protection of an area: bits of PROT_READ, PROT_WRITE, PROT_EXEC (mmap(2)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Encode, Decode)]
+pub struct Prot(pub u8);
+
+impl Prot {
+    /// Bit of readable areas.
+    pub const READ: u8 = 1;
+    /// Bit of writable areas.
+    pub const WRITE: u8 = 2;
+    /// Bit of executable areas.
+    pub const EXEC: u8 = 4;
+
+    /// May be read.
+    pub fn readable(self) -> bool {
+        self.0 & Self::READ != 0
+    }
+    /// May be written.
+    pub fn writable(self) -> bool {
+        self.0 & Self::WRITE != 0
+    }
+    /// May be executed.
+    pub fn executable(self) -> bool {
+        self.0 & Self::EXEC != 0
+    }
+}
+
+/// What else is to be known of an area (the VmFlags of proc_pid_smaps(5) that a process can set).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Encode, Decode)]
+pub struct AreaFlags(pub u32);
+
+impl AreaFlags {
+    /// MAP_SHARED.
+    pub const SHARED: u32 = 1;
+    /// Grows downwards (the main stack, MAP_GROWSDOWN).
+    pub const GROWSDOWN: u32 = 1 << 1;
+    /// MAP_NORESERVE: not accounted.
+    pub const NORESERVE: u32 = 1 << 2;
+    /// mlock(2)ed.
+    pub const LOCKED: u32 = 1 << 3;
+    /// MADV_DONTFORK.
+    pub const DONTFORK: u32 = 1 << 4;
+    /// MADV_WIPEONFORK.
+    pub const WIPEONFORK: u32 = 1 << 5;
+    /// MADV_DONTDUMP.
+    pub const DONTDUMP: u32 = 1 << 6;
+    /// MADV_HUGEPAGE.
+    pub const HUGEPAGE: u32 = 1 << 7;
+    /// MADV_NOHUGEPAGE.
+    pub const NOHUGEPAGE: u32 = 1 << 8;
+    /// MADV_MERGEABLE.
+    pub const MERGEABLE: u32 = 1 << 9;
+    /// MADV_SEQUENTIAL.
+    pub const SEQUENTIAL: u32 = 1 << 10;
+    /// MADV_RANDOM.
+    pub const RANDOM: u32 = 1 << 11;
+    /// mseal(2)ed.
+    pub const SEALED: u32 = 1 << 12;
+    /// Has guard regions (MADV_GUARD_INSTALL).
+    pub const GUARDED: u32 = 1 << 13;
+    /// Huge pages of hugetlbfs.
+    pub const HUGETLB: u32 = 1 << 14;
+    /// Registered with userfaultfd.
+    pub const UFFD: u32 = 1 << 15;
+    /// Every known bit.
+    pub const ALL: u32 = (1 << 16) - 1;
+
+    /// Whether the bit (or all of the bits) `flag` is set.
+    pub fn has(self, flag: u32) -> bool {
+        self.0 & flag == flag
+    }
+}
+
+/// What backs an area.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Encode, Decode)]
+pub enum AreaKind {
+    /// Private anonymous memory (heap, stacks, bss ...).
+    Anon,
+    /// A mapping of a file, named by the job's id for this version of the file.
+    File {
+        /// the job's id of the file version
+        file_id: u64,
+        /// where the area begins in the file, bytes
+        offset: u64,
+    },
+    /// Shared anonymous memory (MAP_SHARED|MAP_ANONYMOUS, or a System V segment).
+    SharedAnon {
+        /// the inode behind it: equal ids of one capture are the same memory
+        id: u64,
+        /// where the area begins in it, bytes
+        offset: u64,
+        /// attached with shmat(2)
+        sysv: bool,
+    },
+    /// The kernel's vDSO code.
+    Vdso,
+    /// The vDSO's data.
+    Vvar,
+    /// The vDSO's per-hypervisor clock pages.
+    VvarVclock,
+}
+
+/// One memory area: a VMA of /proc/PID/maps (without [vsyscall], which is not a real one).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Encode, Decode)]
+pub struct Area {
+    /// first address, page-aligned
+    pub start: u64,
+    /// address after the last, page-aligned
+    pub end: u64,
+    /// protection
+    pub prot: Prot,
+    /// flags
+    pub flags: AreaFlags,
+    /// what backs it
+    pub kind: AreaKind,
+}
+
+impl Area {
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.end - self.start
+    }
+    /// Never true for an area of a valid image.
+    pub fn is_empty(&self) -> bool {
+        self.end <= self.start
+    }
+    /// Shared with whoever maps the same object.
+    pub fn shared(&self) -> bool {
+        self.flags.has(AreaFlags::SHARED)
+    }
+    /// The addresses as a range.
+    pub fn range(&self) -> Range<u64> {
+        self.start..self.end
+    }
+    /// Whether it is a part of the vDSO, whose content belongs to the kernel that runs it.
+    pub fn is_kernel(&self) -> bool {
+        matches!(self.kind, AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock)
+    }
+}
+
+/// The mm fields that PR_SET_MM_MAP sets (prctl(2)): addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
+#[allow(missing_docs)] // the names are the kernel's
+pub struct MmFields {
+    pub start_code: u64,
+    pub end_code: u64,
+    pub start_data: u64,
+    pub end_data: u64,
+    pub start_brk: u64,
+    pub brk: u64,
+    pub start_stack: u64,
+    pub arg_start: u64,
+    pub arg_end: u64,
+    pub env_start: u64,
+    pub env_end: u64,
+}
+
+/// General registers: struct user_regs_struct of sys/user.h.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
+#[repr(C)]
+#[allow(missing_docs)] // the names are the processor's
+pub struct Regs {
+    pub r15: u64,
+    pub r14: u64,
+    pub r13: u64,
+    pub r12: u64,
+    pub rbp: u64,
+    pub rbx: u64,
+    pub r11: u64,
+    pub r10: u64,
+    pub r9: u64,
+    pub r8: u64,
+    pub rax: u64,
+    pub rcx: u64,
+    pub rdx: u64,
+    pub rsi: u64,
+    pub rdi: u64,
+    pub orig_rax: u64,
+    pub rip: u64,
+    pub cs: u64,
+    pub eflags: u64,
+    pub rsp: u64,
+    pub ss: u64,
+    pub fs_base: u64,
+    pub gs_base: u64,
+    pub ds: u64,
+    pub es: u64,
+    pub fs: u64,
+    pub gs: u64,
+}
+
+impl Regs {
+    /// The six arguments of the system call that these registers ask for (syscall(2)).
+    pub fn call_args(&self) -> [u64; 6] {
+        [self.rdi, self.rsi, self.rdx, self.r10, self.r8, self.r9]
+    }
+
+    /// Sets the number and the six arguments of a system call.
+    pub fn set_call(&mut self, nr: u64, args: [u64; 6]) {
+        self.rax = nr;
+        [self.rdi, self.rsi, self.rdx, self.r10, self.r8, self.r9] = args;
+    }
+}
+
+/// A siginfo_t as the kernel lays it out (128 bytes; sigaction(2)).
+#[derive(Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[repr(C, align(8))]
+pub struct SigInfo(pub [u8; 128]);
+
+impl Default for SigInfo {
+    fn default() -> Self {
+        SigInfo([0; 128])
+    }
+}
+
+impl std::fmt::Debug for SigInfo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "SigInfo(signo {}, code {}, pid {})",
+            self.signo(),
+            self.code(),
+            self.pid()
+        )
+    }
+}
+
+impl SigInfo {
+    fn word(&self, at: usize) -> i32 {
+        i32::from_ne_bytes([self.0[at], self.0[at + 1], self.0[at + 2], self.0[at + 3]])
+    }
+    /// si_signo.
+    pub fn signo(&self) -> i32 {
+        self.word(0)
+    }
+    /// si_errno.
+    pub fn errno(&self) -> i32 {
+        self.word(4)
+    }
+    /// si_code.
+    pub fn code(&self) -> i32 {
+        self.word(8)
+    }
+    /// si_pid, where the code has one.
+    pub fn pid(&self) -> i32 {
+        self.word(16)
+    }
+    /// si_uid, where the code has one.
+    pub fn uid(&self) -> u32 {
+        self.word(20) as u32
+    }
+    /// si_addr of a fault.
+    pub fn addr(&self) -> u64 {
+        u64::from(self.word(16) as u32) | u64::from(self.word(20) as u32) << 32
+    }
+    /// A siginfo as kill(2) makes it.
+    pub fn user(signo: i32, code: i32, pid: i32, uid: u32) -> Self {
+        let mut info = SigInfo::default();
+        info.0[0..4].copy_from_slice(&signo.to_ne_bytes());
+        info.0[8..12].copy_from_slice(&code.to_ne_bytes());
+        info.0[16..20].copy_from_slice(&pid.to_ne_bytes());
+        info.0[20..24].copy_from_slice(&uid.to_ne_bytes());
+        info
+    }
+}
+
+/// The kernel's struct sigaction of one signal (rt_sigaction(2)); the default is SIG_DFL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
+#[repr(C)]
+pub struct SigAction {
+    /// 0 = SIG_DFL, 1 = SIG_IGN, else an address
+    pub handler: u64,
+    /// SA_*
+    pub flags: u64,
+    /// address of the return trampoline
+    pub restorer: u64,
+    /// signals blocked while the handler runs
+    pub mask: u64,
+}
+
+/// Alternate signal stack (sigaltstack(2)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
+pub struct AltStack {
+    /// lowest address
+    pub sp: u64,
+    /// SS_DISABLE, SS_AUTODISARM (SS_ONSTACK is derived from the stack pointer)
+    pub flags: u32,
+    /// bytes
+    pub size: u64,
+}
+
+/// A registration with rseq(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Rseq {
+    /// address of the struct rseq
+    pub pointer: u64,
+    /// its size in bytes
+    pub size: u32,
+    /// the signature before abort handlers
+    pub signature: u32,
+    /// registration flags
+    pub flags: u32,
+}
+
+/// A call that was interrupted for the capture and will be made again by the thread when it goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Rewound {
+    /// number of the call
+    pub nr: u32,
+    /// the kernel's raw code with which it was interrupted: -512, -513, -514 or -516. With -516 (ERESTART_RESTARTBLOCK)
+    /// the time left is not in the image: who knows it must put it into the arguments.
+    pub code: i32,
+}
+
+/// One thread.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ThreadImage {
+    /// thread id
+    pub tid: i32,
+    /// name, at most 15 bytes
+    pub comm: Vec<u8>,
+    /// general registers; orig_rax is -1 (an interrupted call is rewound)
+    pub regs: Regs,
+    /// NT_X86_XSTATE register set, empty: initial state
+    pub xstate: Vec<u8>,
+    /// blocked signals, bit signo-1
+    pub sigmask: u64,
+    /// alternate signal stack
+    pub altstack: AltStack,
+    /// robust futex list: head address and length (get_robust_list(2)); 0 = none
+    pub robust_list: (u64, u64),
+    /// address cleared and woken at the thread's exit (set_tid_address(2)); 0 = none
+    pub clear_child_tid: u64,
+    /// rseq registration
+    pub rseq: Option<Rseq>,
+    /// pending signals directed at the thread
+    pub pending: Vec<SigInfo>,
+    /// the interrupted call, if there was one
+    pub rewound: Option<Rewound>,
+}
+
+/// A resource limit (getrlimit(2)); u64::MAX = infinity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Limit {
+    /// RLIMIT_*
+    pub resource: u32,
+    /// soft limit
+    pub soft: u64,
+    /// hard limit
+    pub hard: u64,
+}
+
+/// What the process's clocks showed at the capture, nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
+pub struct Clocks {
+    /// CLOCK_MONOTONIC
+    pub monotonic_ns: i64,
+    /// CLOCK_BOOTTIME
+    pub boottime_ns: i64,
+}
+
+/// A whole process, without the contents of its pages.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ProcessImage {
+    /// process id
+    pub pid: i32,
+    /// memory areas by address
+    pub areas: Vec<Area>,
+    /// mm fields
+    pub mm: MmFields,
+    /// auxiliary vector
+    pub auxv: Vec<u8>,
+    /// threads; the leader first
+    pub threads: Vec<ThreadImage>,
+    /// signal dispositions of the signals 1..=64, or empty: all default
+    pub actions: Vec<SigAction>,
+    /// pending signals directed at the process
+    pub pending: Vec<SigInfo>,
+    /// resource limits
+    pub rlimits: Vec<Limit>,
+    /// personality(2)
+    pub personality: u32,
+    /// PR_GET_DUMPABLE
+    pub dumpable: u32,
+    /// clock readings
+    pub clocks: Clocks,
+}
+
+impl ProcessImage {
+    /// Checks an image that came from elsewhere. See the module's text for what holds afterwards.
+    pub fn validate(&self) -> Result<(), ImageError> {
+        bound("areas", self.areas.len(), MAX_AREAS)?;
+        bound("auxv", self.auxv.len(), MAX_AUXV)?;
+        bound("threads", self.threads.len(), MAX_THREADS)?;
+        bound("actions", self.actions.len(), SIGNALS)?;
+        bound("pending", self.pending.len(), MAX_PENDING)?;
+        bound("rlimits", self.rlimits.len(), 32)?;
+        let mut last_end = 0;
+        for area in &self.areas {
+            let (start, end) = (area.start, area.end);
+            let aligned = start % PAGE == 0 && end % PAGE == 0 && start < end && end <= USER_END;
+            let known = area.prot.0 <= 7 && area.flags.0 & !AreaFlags::ALL == 0;
+            let offset_ok = match area.kind {
+                AreaKind::File { offset, .. } | AreaKind::SharedAnon { offset, .. } => {
+                    offset % PAGE == 0
+                        && offset
+                            .checked_add(end.wrapping_sub(start))
+                            .is_some_and(|e| e <= i64::MAX as u64)
+                }
+                _ => true,
+            };
+            if !aligned || !known || !offset_ok {
+                return Err(ImageError::Area { start, end });
+            }
+            if start < last_end {
+                return Err(ImageError::Overlap { start, end });
+            }
+            if start < RESERVED.end && end > RESERVED.start {
+                return Err(ImageError::Reserved { start, end });
+            }
+            last_end = end;
+        }
+        let mut tids = std::collections::HashSet::with_capacity(self.threads.len());
+        for thread in &self.threads {
+            bound("xstate", thread.xstate.len(), MAX_XSTATE)?;
+            bound("comm", thread.comm.len(), 15)?;
+            bound("pending", thread.pending.len(), MAX_PENDING)?;
+            if thread.tid < 1 || !tids.insert(thread.tid) {
+                return Err(ImageError::Threads { tid: thread.tid });
+            }
+        }
+        if self.pid < 1 || self.threads.first().map(|t| t.tid) != Some(self.pid) {
+            return Err(ImageError::Threads { tid: self.pid });
+        }
+        Ok(())
+    }
+}
+
+fn bound(what: &'static str, len: usize, max: usize) -> Result<(), ImageError> {
+    if len > max {
+        Err(ImageError::TooLong { what, len, max })
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn thread(tid: i32) -> ThreadImage {
+        ThreadImage {
+            tid,
+            comm: b"guest".to_vec(),
+            regs: Regs::default(),
+            xstate: vec![0; 576],
+            sigmask: 0,
+            altstack: AltStack::default(),
+            robust_list: (0, 0),
+            clear_child_tid: 0,
+            rseq: None,
+            pending: Vec::new(),
+            rewound: None,
+        }
+    }
+
+    fn area(start: u64, end: u64) -> Area {
+        Area {
+            start,
+            end,
+            prot: Prot(3),
+            flags: AreaFlags(0),
+            kind: AreaKind::Anon,
+        }
+    }
+
+    fn image(areas: Vec<Area>) -> ProcessImage {
+        ProcessImage {
+            pid: 7,
+            areas,
+            mm: MmFields::default(),
+            auxv: Vec::new(),
+            threads: vec![thread(7), thread(8)],
+            actions: vec![SigAction::default(); SIGNALS],
+            pending: Vec::new(),
+            rlimits: Vec::new(),
+            personality: 0,
+            dumpable: 1,
+            clocks: Clocks::default(),
+        }
+    }
+
+    #[test]
+    fn a_sound_image_is_accepted_and_survives_the_codec() {
+        let image = image(vec![area(0x1000, 0x3000), area(0x3000, 0x5000)]);
+        image.validate().unwrap();
+        let bytes = bincode::encode_to_vec(&image, bincode::config::standard()).unwrap();
+        let (back, used): (ProcessImage, _) =
+            bincode::decode_from_slice(&bytes, bincode::config::standard()).unwrap();
+        assert_eq!(used, bytes.len());
+        assert_eq!(back, image);
+    }
+
+    #[test]
+    fn malformed_areas_are_refused() {
+        let cases = [
+            vec![area(0x1001, 0x3000)],
+            vec![area(0x3000, 0x3000)],
+            vec![area(0x4000, 0x3000)],
+            vec![area(0x1000, 0x3000), area(0x2000, 0x4000)],
+            vec![area(0x3000, 0x4000), area(0x1000, 0x2000)],
+            vec![area(0x1000, !0xfff)],
+            vec![area(RESERVED.start, RESERVED.start + 0x1000)],
+            vec![Area {
+                prot: Prot(8),
+                ..area(0x1000, 0x2000)
+            }],
+            vec![Area {
+                flags: AreaFlags(1 << 31),
+                ..area(0x1000, 0x2000)
+            }],
+            vec![Area {
+                kind: AreaKind::File {
+                    file_id: 1,
+                    offset: !0xfff,
+                },
+                ..area(0x1000, 0x2000)
+            }],
+        ];
+        for areas in cases {
+            assert!(image(areas.clone()).validate().is_err(), "{areas:?}");
+        }
+    }
+
+    #[test]
+    fn malformed_thread_lists_are_refused() {
+        let mut twice = image(vec![]);
+        twice.threads = vec![thread(7), thread(7)];
+        assert!(twice.validate().is_err());
+        let mut none = image(vec![]);
+        none.threads.clear();
+        assert!(none.validate().is_err());
+        let mut other = image(vec![]);
+        other.pid = 8;
+        assert!(other.validate().is_err());
+        let mut fat = image(vec![]);
+        fat.threads[0].xstate = vec![0; MAX_XSTATE + 1];
+        assert!(fat.validate().is_err());
+    }
+}
