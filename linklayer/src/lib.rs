@@ -1,3 +1,5 @@
 //! linklayer
 
 pub mod image;
+pub mod stay;
+pub mod wire;

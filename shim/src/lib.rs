@@ -1,4 +1,8 @@
-//! shim
-pub mod lab;
+//! Everything that reaches into another process or the raw kernel ABI; the one crate with unsafe code.
 
+pub mod fd;
+pub mod lab;
+pub mod process;
 pub mod ptrace;
+pub mod signal;
+pub mod startup;

@@ -1,0 +1,439 @@
+//! The messages of a contact: what a supervisor and a deputy say to each other.
+//!
+//! A frame's [`Kind`] says how its payload is read. [`Kind::Call`], [`Kind::FileData`] and [`Kind::Pages`] carry
+//! raw bytes because they are the hot path; every other body is a serde type in bincode's standard encoding with
+//! a limit on what may be allocated. Both ends treat what arrives as hostile: an unknown kind or a malformed body
+//! is an error that ends the contact, never a panic.
+//!
+//! Lanes: a guest thread's calls travel on the lane with its tid; what concerns a whole process travels on the
+//! lane of its pid; lane 0 is the job's.
+
+use bincode::{Decode, Encode};
+
+use crate::image::ProcessImage;
+
+/// Version of everything in this module; the ends compare it in [`Hello`].
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Largest bincode body that is decoded, in bytes.
+pub const MAX_BODY_BYTES: usize = 4 << 20;
+
+/// What a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum Kind {
+    /// Supervisor to deputy: execute a system call in the vessel thread `tid`. Body: `CallRequest::encode`;
+    /// answer: result and out bytes.
+    Call = 1,
+    /// Supervisor to deputy: create a child process or thread ([`Clone`]); answer [`CloneReply`].
+    Clone = 2,
+    /// Supervisor to deputy: replace the program ([`Exec`]); answer [`Errno`] when it failed, else
+    /// [`Kind::Discard`] follows.
+    Exec = 3,
+    /// Supervisor to deputy: the guest thread ends with this code ([`ExitCode`]); answer: empty.
+    ExitThread = 4,
+    /// Supervisor to deputy: the process ends with this code ([`ExitCode`]); no answer, [`Kind::Discard`] follows.
+    ExitGroup = 5,
+    /// Supervisor to deputy: the guest was killed by a signal of its own ([`Died`]).
+    Died = 6,
+    /// Supervisor to deputy: interrupt the call in progress ([`Interrupt`]).
+    Interrupt = 7,
+    /// Supervisor to deputy: send a range of a file ([`FileRead`]); answer: raw bytes ([`Kind::FileData`]).
+    FileRead = 8,
+    /// Raw bytes of a file.
+    FileData = 9,
+    /// Supervisor to deputy: which file is behind this descriptor, for mapping it ([`MapFile`]); answer
+    /// [`MapFileReply`].
+    MapFile = 10,
+    /// Supervisor to deputy: a captured process comes home ([`Homecoming`]); answer [`Errno`] (0: lay-out is
+    /// ready, send pages).
+    Homecoming = 11,
+    /// Pages of a process that moves: u64 address (little-endian) and the bytes, in either direction.
+    Pages = 12,
+    /// Supervisor to deputy: all pages were sent ([`Pid`]); answer [`Errno`] (0: it runs at home now, forget it).
+    HomeCommit = 13,
+    /// Supervisor to deputy: a signal disposition changed ([`Action`]); no answer.
+    Action = 14,
+    /// Supervisor to deputy: open a file with this content at home ([`Synthetic`]); answer: i64 result.
+    Synthetic = 15,
+    /// Supervisor to deputy: a request to move did not come about ([`MoveFailed`]).
+    MoveFailed = 16,
+    /// Supervisor to deputy: read this file of /proc about the caller (body: its path); answer: its content.
+    ReadProc = 18,
+    /// Supervisor to deputy: resource use of the guests ([`Usage`]), once a second while it changes.
+    Usage = 17,
+    /// Deputy to supervisor: a process that is to be built ([`Launch`]); pages follow, then [`Kind::LaunchBuild`].
+    Launch = 32,
+    /// Deputy to supervisor: the vessel is ready, the guest may run ([`Pid`]); no answer. The commit of a launch.
+    LaunchGo = 33,
+    /// Deputy to supervisor: all pages were sent, build it ([`Pid`]); answer [`LaunchReady`].
+    LaunchBuild = 42,
+    /// Deputy to supervisor: a signal for a guest ([`Signal`]).
+    Signal = 34,
+    /// Deputy to supervisor: stop ([`Pid`]): the vessel was stopped by a signal.
+    Freeze = 35,
+    /// Deputy to supervisor: continue ([`Pid`]).
+    Thaw = 36,
+    /// Deputy to supervisor: the process exists no longer; remove the guest ([`Pid`]).
+    Discard = 37,
+    /// Deputy to supervisor: send this process home ([`Bring`]).
+    Bring = 38,
+    /// Either way, first frame on lane 0 ([`Hello`]).
+    Hello = 39,
+    /// Deputy to supervisor: the job is over; kill what is left and end.
+    End = 40,
+    /// Supervisor to deputy: the guests that were created are running ([`Pid`]); a clone's parent was released.
+    Cloned = 41,
+}
+
+impl Kind {
+    /// The kind with this number.
+    pub fn from_u16(n: u16) -> Option<Kind> {
+        use Kind::*;
+        const ALL: [Kind; 29] = [
+            Call,
+            Clone,
+            Exec,
+            ExitThread,
+            ExitGroup,
+            Died,
+            Interrupt,
+            FileRead,
+            FileData,
+            MapFile,
+            Homecoming,
+            Pages,
+            HomeCommit,
+            Action,
+            Synthetic,
+            MoveFailed,
+            Usage,
+            Launch,
+            LaunchGo,
+            Signal,
+            Freeze,
+            Thaw,
+            Discard,
+            Bring,
+            Hello,
+            End,
+            Cloned,
+            LaunchBuild,
+            ReadProc,
+        ];
+        ALL.into_iter().find(|k| *k as u16 == n)
+    }
+}
+
+/// A body that could not be decoded.
+#[derive(Debug, thiserror::Error)]
+#[error("malformed {what} from the peer: {why}")]
+pub struct Malformed {
+    /// Which body.
+    pub what: &'static str,
+    /// What the decoder said.
+    pub why: String,
+}
+
+fn config() -> impl bincode::config::Config {
+    bincode::config::standard().with_limit::<MAX_BODY_BYTES>()
+}
+
+/// Encodes a body.
+pub fn encode<T: Encode>(body: &T) -> Vec<u8> {
+    // Encoding into memory fails for no type of this module.
+    bincode::encode_to_vec(body, bincode::config::standard()).unwrap_or_default()
+}
+
+/// Decodes a body; trailing bytes are an error.
+pub fn decode<T: Decode<()>>(bytes: &[u8]) -> Result<T, Malformed> {
+    let what = std::any::type_name::<T>();
+    match bincode::decode_from_slice::<T, _>(bytes, config()) {
+        Ok((body, used)) if used == bytes.len() => Ok(body),
+        Ok((_, used)) => Err(Malformed {
+            what,
+            why: format!("{} bytes too many", bytes.len() - used),
+        }),
+        Err(e) => Err(Malformed {
+            what,
+            why: e.to_string(),
+        }),
+    }
+}
+
+/// First message of both ends.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct Hello {
+    /// [`PROTOCOL_VERSION`] of the sender.
+    pub version: u32,
+    /// Number of the node the sender runs on.
+    pub node: u32,
+}
+
+/// An errno, 0 for success.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Errno(pub i32);
+
+/// A process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Pid(pub i32);
+
+/// A clone(2) as the vessel is to execute it.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct Clone {
+    /// `CLONE_*` flags without the exit signal, as the guest gave them.
+    pub flags: u64,
+    /// Signal for the parent when the child ends; 0 for none.
+    pub exit_signal: i32,
+    /// The signal mask of the caller, which a thread or child inherits.
+    pub sigmask: u64,
+}
+
+/// Answer to [`Clone`].
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct CloneReply {
+    /// The new tid, or a negative errno.
+    pub tid: i64,
+    /// The descriptor made for `CLONE_PIDFD`, else -1.
+    pub pidfd: i32,
+}
+
+/// An execve(2)/execveat(2).
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct Exec {
+    /// Directory descriptor (`AT_FDCWD` for execve).
+    pub dirfd: i32,
+    /// execveat flags.
+    pub flags: i32,
+    /// Path without its NUL.
+    pub path: Vec<u8>,
+    /// `None` for a NULL vector.
+    pub argv: Option<Vec<Vec<u8>>>,
+    /// `None` for a NULL vector.
+    pub envp: Option<Vec<Vec<u8>>>,
+    /// The caller's signal mask, which survives an exec.
+    pub sigmask: u64,
+    /// Signals pending for the caller or its process (bit n-1 for signal n), which survive an exec.
+    pub pending: u64,
+}
+
+/// How a thread or process ends by itself.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct ExitCode(pub i32);
+
+/// A guest that was killed by a signal of its own.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct Died {
+    /// Process.
+    pub pid: i32,
+    /// Signal number.
+    pub signal: i32,
+}
+
+/// Interrupts the call `seq` of thread `tid` if it is still in progress.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct Interrupt {
+    /// Thread.
+    pub tid: i32,
+    /// Sequence number of the frame that carried the call.
+    pub seq: u64,
+}
+
+/// What a file's content is known by: equal keys mean equal content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
+pub struct FileKey {
+    /// Device, as st_dev.
+    pub dev: u64,
+    /// Inode number.
+    pub ino: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// Modification time, ns.
+    pub mtime_ns: i64,
+    /// Change time, ns.
+    pub ctime_ns: i64,
+    /// Counts up when the file is too freshly written for its times to tell versions apart; else 0.
+    pub fresh: u64,
+}
+
+/// A file that is mapped by a process that moves.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct FileRef {
+    /// Number by which areas and [`FileRead`] name it; unique in the job.
+    pub id: u64,
+    /// Content key.
+    pub key: FileKey,
+    /// Path at home, for /proc/PID/maps; not used to open anything.
+    pub path: Vec<u8>,
+}
+
+/// Asks for a range of a file.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct FileRead {
+    /// The file's number.
+    pub id: u64,
+    /// Offset in bytes.
+    pub offset: u64,
+    /// Length in bytes, at most 1 MiB.
+    pub len: u32,
+}
+
+/// Asks which file a mmap(2) is about; also checks it as mmap would.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct MapFile {
+    /// mmap's arguments.
+    pub len: u64,
+    /// Protection bits.
+    pub prot: i32,
+    /// Flags.
+    pub flags: i32,
+    /// Descriptor.
+    pub fd: i32,
+    /// Offset in bytes.
+    pub offset: u64,
+}
+
+/// Answer to [`MapFile`].
+#[derive(Clone, Debug, Encode, Decode)]
+pub enum MapFileReply {
+    /// mmap fails with this errno.
+    Errno(i32),
+    /// Map this file.
+    File(FileRef),
+    /// It can only be mapped at home.
+    GoHome(crate::stay::StayReason),
+}
+
+/// A process that comes home, without its pages.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct Homecoming {
+    /// The process.
+    pub image: ProcessImage,
+    /// Why it comes.
+    pub reason: crate::stay::StayReason,
+    /// Processes that come with it (they share memory): it is resumed when all of these have been committed.
+    pub group: Vec<i32>,
+}
+
+/// A changed signal disposition.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct Action {
+    /// Process.
+    pub pid: i32,
+    /// Signal number.
+    pub signal: i32,
+    /// `struct sigaction` of the kernel: handler, flags, restorer, mask.
+    pub action: [u64; 4],
+}
+
+/// A read-only file that is made at home with content from the remote node.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct Synthetic {
+    /// Name for /proc/PID/fd.
+    pub name: Vec<u8>,
+    /// open(2) flags.
+    pub flags: i32,
+    /// Content.
+    pub content: Vec<u8>,
+}
+
+/// Why a process did not move; it goes on where it was.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct MoveFailed {
+    /// Process.
+    pub pid: i32,
+    /// Phase and reason in words.
+    pub why: String,
+}
+
+/// Resource use of one guest.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct GuestUsage {
+    /// Process.
+    pub pid: i32,
+    /// Resident memory, bytes.
+    pub rss_bytes: u64,
+    /// User time, ms.
+    pub utime_ms: u64,
+    /// System time, ms.
+    pub stime_ms: u64,
+}
+
+/// Resource use of a job's guests, and the cache's counters.
+#[derive(Clone, Debug, Default, Encode, Decode)]
+pub struct Usage {
+    /// Per guest.
+    pub guests: Vec<GuestUsage>,
+    /// Calls answered from the result cache.
+    pub cache_hits: u64,
+    /// Calls that had to ask home first.
+    pub cache_misses: u64,
+    /// Cached results dropped because a call changed them.
+    pub cache_invalidations: u64,
+}
+
+/// A process to be built, without its pages.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct Launch {
+    /// The process.
+    pub image: ProcessImage,
+    /// Files that its areas name.
+    pub files: Vec<FileRef>,
+    /// Host name of home.
+    pub hostname: Vec<u8>,
+}
+
+/// Answer to [`Launch`]: 0, or why it can not run there.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct LaunchReady {
+    /// Empty when it may run there.
+    pub refused: String,
+}
+
+/// A signal on its way to a guest.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct Signal {
+    /// Process.
+    pub pid: i32,
+    /// Thread, or 0 for the process.
+    pub tid: i32,
+    /// Signal number.
+    pub signal: i32,
+    /// The kernel's siginfo, 128 bytes (a Vec because serde's arrays end at 32).
+    pub info: Vec<u8>,
+}
+
+/// A request to send a process home.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct Bring {
+    /// Process.
+    pub pid: i32,
+    /// Why.
+    pub reason: crate::stay::StayReason,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_round_trip_and_unknown_is_none() {
+        for n in 0..200u16 {
+            if let Some(k) = Kind::from_u16(n) {
+                assert_eq!(k as u16, n);
+            }
+        }
+        assert!(Kind::from_u16(0).is_none());
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 29);
+    }
+
+    #[test]
+    fn bodies_refuse_trailing_bytes_and_huge_lengths() {
+        let mut b = encode(&Interrupt { tid: 7, seq: 9 });
+        assert_eq!(decode::<Interrupt>(&b).map(|i| i.seq).ok(), Some(9));
+        b.push(0);
+        assert!(decode::<Interrupt>(&b).is_err());
+        let huge = [253, 255, 255, 255, 255, 255, 255, 255, 127];
+        assert!(decode::<Synthetic>(&huge).is_err());
+    }
+}

@@ -1,0 +1,120 @@
+//! Starting processes without exec, and what they inherit.
+
+use std::io;
+use std::os::fd::RawFd;
+
+/// Runs `work` in a grandchild that belongs to nobody: a session of its own, re-parented at once, without controlling
+/// terminal. The caller stays what it was (no child to wait for is left behind).
+///
+/// Only a single-threaded process may do this, so that the copy is whole.
+///
+/// # Errors
+/// When this process has more than one thread, or cannot fork.
+pub fn spawn_detached(work: impl FnOnce()) -> io::Result<()> {
+    let threads = std::fs::read_dir("/proc/self/task")
+        .map(|d| d.count())
+        .unwrap_or(1);
+    if threads != 1 {
+        return Err(io::Error::other("cannot fork: this process has several threads"));
+    }
+    // SAFETY: the process has one thread, so the child is a complete copy and may run anything.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            // SAFETY: as above.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                // SAFETY: no pointers.
+                unsafe { libc::setsid() };
+                work();
+                std::process::exit(0);
+            }
+            // SAFETY: ends this process at once without running the parent's exit handlers a second time.
+            unsafe { libc::_exit(i32::from(child < 0)) }
+        }
+        child => {
+            let mut status = 0;
+            // SAFETY: `status` is a valid place for the status word.
+            while unsafe { libc::waitpid(child, &mut status, 0) } < 0 {
+                let e = io::Error::last_os_error();
+                if e.kind() != io::ErrorKind::Interrupted {
+                    return Err(e);
+                }
+            }
+            if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0 {
+                Ok(())
+            } else {
+                Err(io::Error::other("cannot fork a second time"))
+            }
+        }
+    }
+}
+
+/// Closes every descriptor but those in `keep`, and opens the standard ones that are not kept on /dev/null.
+///
+/// For a process that was forked from a launcher and must not hold what the launched program holds (a pipe's reader
+/// waits for the last writer).
+///
+/// # Errors
+/// When /dev/null cannot be opened.
+pub fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
+    let mut sorted: Vec<RawFd> = keep.iter().copied().filter(|fd| *fd >= 0).collect();
+    sorted.sort_unstable();
+    let mut next = 0;
+    for fd in sorted.into_iter().chain([RawFd::MAX]) {
+        if fd > next {
+            // SAFETY: closes numbers that nothing in this freshly forked process uses any more, as the caller states.
+            unsafe { libc::syscall(libc::SYS_close_range, next, fd - 1, 0) };
+        }
+        next = fd.saturating_add(1);
+    }
+    for fd in 0..3 {
+        // SAFETY: F_GETFD touches no memory.
+        if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+            // SAFETY: the path is a NUL-terminated literal; the lowest free number is `fd` because all below are open.
+            let got = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) };
+            if got != fd {
+                return Err(io::Error::other("cannot open /dev/null"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Raises the soft limit of open files to the hard one.
+pub fn raise_nofile() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` is a valid rlimit for both calls.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
+}
+
+/// Lets `tracer` attach to this process where the Yama module would refuse it (prctl(2), PR_SET_PTRACER). Harmless where
+/// there is no such module.
+pub fn allow_tracer(tracer: i32) {
+    // SAFETY: no pointers.
+    unsafe { libc::prctl(libc::PR_SET_PTRACER, tracer as libc::c_ulong, 0, 0, 0) };
+}
+
+/// Sets a resource limit of another process (prlimit(2)).
+///
+/// # Errors
+/// EPERM above the hard limit, ESRCH.
+pub fn set_limit(pid: i32, resource: u32, soft: u64, hard: u64) -> io::Result<()> {
+    let new = libc::rlimit64 {
+        rlim_cur: soft,
+        rlim_max: hard,
+    };
+    // SAFETY: `new` is a valid rlimit64 and the old one is not asked for.
+    if unsafe { libc::prlimit64(pid, resource, &new, std::ptr::null_mut()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

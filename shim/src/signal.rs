@@ -1,0 +1,60 @@
+//! Sending a signal with its siginfo to one thread or to a process (rt_sigqueueinfo(2), rt_tgsigqueueinfo(2)).
+
+use std::io;
+
+use linklayer::image::SigInfo;
+
+/// Queues a signal for a process. The kernel refuses codes of its own (>= 0) with EPERM.
+pub fn queue_process(pid: i32, signal: i32, info: &SigInfo) -> io::Result<()> {
+    // SAFETY: the kernel reads 128 bytes at the pointer, which SigInfo has.
+    let r = unsafe { libc::syscall(libc::SYS_rt_sigqueueinfo, pid, signal, info.0.as_ptr()) };
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Queues a signal for one thread.
+pub fn queue_thread(pid: i32, tid: i32, signal: i32, info: &SigInfo) -> io::Result<()> {
+    // SAFETY: the kernel reads 128 bytes at the pointer, which SigInfo has.
+    let r = unsafe { libc::syscall(libc::SYS_rt_tgsigqueueinfo, pid, tid, signal, info.0.as_ptr()) };
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// A siginfo as sigqueue(3) makes it, with an integer value.
+pub fn queued_info(signal: i32, value: u64) -> SigInfo {
+    let mut info = SigInfo::user(signal, libc::SI_QUEUE, 0, 0);
+    info.0[24..32].copy_from_slice(&value.to_ne_bytes());
+    info
+}
+
+/// si_value of a siginfo that has one.
+pub fn info_value(info: &SigInfo) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&info.0[24..32]);
+    u64::from_ne_bytes(bytes)
+}
+
+/// A siginfo from wire bytes; what is missing is zero, what is too much is cut.
+pub fn info_from_bytes(bytes: &[u8]) -> SigInfo {
+    let mut info = SigInfo::default();
+    let n = bytes.len().min(info.0.len());
+    info.0[..n].copy_from_slice(&bytes[..n]);
+    info
+}
+
+/// tgkill(2).
+pub fn kill_thread(pid: i32, tid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: no pointers.
+    let r = unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal) };
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
