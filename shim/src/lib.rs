@@ -2,6 +2,8 @@
 
 pub mod fd;
 pub mod lab;
+pub mod memory;
+pub mod notify;
 pub mod process;
 pub mod ptrace;
 pub mod signal;
