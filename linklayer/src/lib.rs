@@ -1,6 +1,9 @@
 //! linklayer
 
+pub mod frame;
 pub mod image;
 pub mod memory;
+pub mod quic;
+pub mod session;
 pub mod stay;
 pub mod wire;

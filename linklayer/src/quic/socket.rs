@@ -1,0 +1,172 @@
+//! One blocking UDP socket of a link.
+
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use quinn_udp::{RecvMeta, UdpSocketState};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::Options;
+
+/// How long a receiving thread stays in the kernel before it looks at its timers.
+pub(super) const TICK: Duration = Duration::from_millis(8);
+/// Room for one receive: the kernel may hand over several datagrams of equal size in one go.
+pub(super) const RECEIVE_BYTES: usize = 64 << 10;
+/// The most bytes that the kernel takes in one segmented send.
+const MAX_SEND_BYTES: usize = 65_000;
+
+/// A blocking UDP socket whose receives end after [`TICK`]. Connected sockets hear of a port that nobody listens on.
+#[derive(Debug)]
+pub(super) struct Sock {
+    socket: UdpSocket,
+    state: UdpSocketState,
+    peer: Option<SocketAddr>,
+}
+
+impl Sock {
+    /// A socket bound to `local`. Its port can be shared with [`Sock::accepted`].
+    pub(super) fn listening(local: SocketAddr) -> io::Result<Self> {
+        Self::new(local, None)
+    }
+
+    /// A socket of its own port that speaks to `peer` alone.
+    pub(super) fn connected(peer: SocketAddr) -> io::Result<Self> {
+        let any: IpAddr = if peer.is_ipv4() {
+            Ipv4Addr::UNSPECIFIED.into()
+        } else {
+            Ipv6Addr::UNSPECIFIED.into()
+        };
+        Self::new(SocketAddr::new(any, 0), Some(peer))
+    }
+
+    /// A second socket on the port of a listening one, that gets what `peer` sends from now on.
+    pub(super) fn accepted(local: SocketAddr, peer: SocketAddr) -> io::Result<Self> {
+        Self::new(local, Some(peer))
+    }
+
+    fn new(local: SocketAddr, peer: Option<SocketAddr>) -> io::Result<Self> {
+        let socket = Socket::new(
+            Domain::for_address(local),
+            Type::DGRAM.cloexec(),
+            Some(Protocol::UDP),
+        )?;
+        // The same port for the listening socket and the connected one beside it; other users cannot join in.
+        socket.set_reuse_port(true)?;
+        socket.bind(&local.into())?;
+        if let Some(peer) = peer {
+            socket.connect(&peer.into())?;
+        }
+        let state = UdpSocketState::new((&socket).into())?;
+        // quinn-udp leaves it non-blocking; here threads wait in the kernel, which is the fastest way to be woken.
+        socket.set_nonblocking(false)?;
+        socket.set_read_timeout(Some(TICK))?;
+        Ok(Self {
+            socket: socket.into(),
+            state,
+            peer,
+        })
+    }
+
+    /// Another handle on the same socket.
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        let socket = self.socket.try_clone()?;
+        let state = UdpSocketState::new((&socket).into())?;
+        socket.set_nonblocking(false)?;
+        Ok(Self {
+            socket,
+            state,
+            peer: self.peer,
+        })
+    }
+
+    /// Whether it speaks to one peer alone.
+    pub(super) fn is_connected(&self) -> bool {
+        self.peer.is_some()
+    }
+
+    /// Applies what only the user of the link knows. Nothing of it is needed for correctness.
+    pub(super) fn tune(&self, options: &Options) {
+        let socket = socket2::SockRef::from(&self.socket);
+        let _ = socket.set_recv_buffer_size(options.socket_buffer_bytes);
+        let _ = socket.set_send_buffer_size(options.socket_buffer_bytes);
+        if let Some(priority) = options.priority {
+            let _ = socket.set_priority(priority);
+        }
+    }
+
+    /// The address it is bound to.
+    pub(super) fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    /// Whether path MTU probes make sense on it.
+    pub(super) fn may_fragment(&self) -> bool {
+        self.state.may_fragment()
+    }
+
+    /// How many datagrams of `mtu` bytes one send can carry.
+    pub(super) fn segments(&self, mtu: u16) -> usize {
+        self.state
+            .max_gso_segments()
+            .min(MAX_SEND_BYTES / usize::from(mtu.max(1)))
+            .max(1)
+    }
+
+    /// Waits up to [`TICK`] for datagrams, which come `stride` bytes each, one after the other in `buffer`.
+    ///
+    /// `WouldBlock` when none came; `ConnectionRefused` when the kernel knows that nobody listens at the peer's address.
+    pub(super) fn receive(&self, buffer: &mut [u8]) -> io::Result<RecvMeta> {
+        let mut meta = [RecvMeta::default()];
+        self.state
+            .recv((&self.socket).into(), &mut [IoSliceMut::new(buffer)], &mut meta)?;
+        Ok(meta[0])
+    }
+
+    /// Sends. A datagram that the kernel refuses counts as lost on the way, which QUIC repairs. Returns
+    /// whether the kernel reported that nobody listens at the peer's address.
+    pub(super) fn send(&self, transmit: &quinn_proto::Transmit, contents: &[u8]) -> bool {
+        let mut refused = false;
+        for _ in 0..3 {
+            let outcome = match self.peer {
+                Some(peer) if transmit.segment_size.is_none() && peer == transmit.destination => {
+                    self.socket.send(contents).map(drop)
+                }
+                _ => self.state.try_send(
+                    (&self.socket).into(),
+                    &quinn_udp::Transmit {
+                        destination: transmit.destination,
+                        ecn: None,
+                        contents,
+                        segment_size: transmit.segment_size,
+                        src_ip: if self.peer.is_some() {
+                            None
+                        } else {
+                            transmit.src_ip
+                        },
+                    },
+                ),
+            };
+            match outcome {
+                Ok(()) => {
+                    return refused;
+                }
+                // The error belongs to an earlier datagram; this one was not sent.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => refused = true,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::trace!(%error, to = %transmit.destination, "datagram not sent");
+                    return refused;
+                }
+            }
+        }
+        refused
+    }
+}
+
+impl AsFd for Sock {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
