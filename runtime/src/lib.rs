@@ -1,8 +1,12 @@
 //! The node: daemon, supervisor, placement, and what the programs `mosrun`, `mosd` and `mosctl` are made of.
 
+pub mod cli;
+pub mod cluster;
 pub mod codec;
+pub mod control;
 pub mod job_id;
 pub mod jobs;
 pub mod lab;
+pub mod placement;
 pub mod rundir;
 pub mod supervisor;
