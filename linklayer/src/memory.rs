@@ -84,7 +84,9 @@ pub trait GuestMemory {
         let mut step = 256u64;
         while text.len() < max {
             // Never past the end of a page in one read: the string may end just before an unmapped one.
-            let room = (PAGE_SIZE - at % PAGE_SIZE).min(step).min((max - text.len()) as u64) as usize;
+            let room = (PAGE_SIZE - at % PAGE_SIZE)
+                .min(step)
+                .min((max - text.len()) as u64) as usize;
             let start = text.len();
             text.resize(start + room, 0);
             self.read(at, &mut text[start..]).map_err(|_| Fault { addr })?;
@@ -140,10 +142,16 @@ impl LocalMemory {
         let mut areas = self.lock();
         let end = start.checked_add(bytes.len() as u64).expect("area wraps around");
         assert!(
-            areas.iter().all(|a| end <= a.start || a.start + a.bytes.len() as u64 <= start),
+            areas
+                .iter()
+                .all(|a| end <= a.start || a.start + a.bytes.len() as u64 <= start),
             "area overlaps"
         );
-        areas.push(LocalArea { start, bytes, writable });
+        areas.push(LocalArea {
+            start,
+            bytes,
+            writable,
+        });
         areas.sort_by_key(|a| a.start);
     }
 
@@ -171,7 +179,11 @@ impl LocalMemory {
                 continue;
             }
             let stop = area_end.min(end);
-            pieces.push((index, (at - area.start) as usize..(stop - area.start) as usize, (at - addr) as usize));
+            pieces.push((
+                index,
+                (at - area.start) as usize..(stop - area.start) as usize,
+                (at - addr) as usize,
+            ));
             at = stop;
         }
         if at < end {
@@ -187,11 +199,15 @@ impl LocalMemory {
 
 impl GuestMemory for LocalMemory {
     fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), Fault> {
-        self.walk(addr, buf.len() as u64, false, |bytes, range| buf[range].copy_from_slice(bytes))
+        self.walk(addr, buf.len() as u64, false, |bytes, range| {
+            buf[range].copy_from_slice(bytes)
+        })
     }
 
     fn write(&self, addr: u64, data: &[u8]) -> Result<(), Fault> {
-        self.walk(addr, data.len() as u64, true, |bytes, range| bytes.copy_from_slice(&data[range]))
+        self.walk(addr, data.len() as u64, true, |bytes, range| {
+            bytes.copy_from_slice(&data[range])
+        })
     }
 
     fn readable(&self, addr: u64, len: u64) -> bool {
