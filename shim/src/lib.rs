@@ -1,5 +1,6 @@
 //! Everything that reaches into another process or the raw kernel ABI; the one crate with unsafe code.
 
+pub mod cage;
 pub mod fd;
 pub mod lab;
 pub mod memory;
