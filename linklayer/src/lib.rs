@@ -6,4 +6,5 @@ pub mod memory;
 pub mod quic;
 pub mod session;
 pub mod stay;
+pub mod syscall;
 pub mod wire;

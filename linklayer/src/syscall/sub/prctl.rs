@@ -1,0 +1,88 @@
+use super::sub_rows;
+use crate::syscall::kind::SubRow;
+use crate::syscall::table::words::*;
+
+const BOTH: Disposition = Split(SplitKind::Prctl);
+const CPU: Disposition = GoHome(HomeReason::Hardware);
+const CONFINE: Disposition = GoHome(HomeReason::Confinement);
+
+/// `prctl` by option. What is `Split` is done at home, and here when it succeeded there.
+pub(super) const PRCTL: &[SubRow] = sub_rows! {
+    1 PR_SET_PDEATHSIG(sig: SIG) Forward => "The parent is at home, and so is the signal.";
+    2 PR_GET_PDEATHSIG(sig: out(Fixed(4))) Forward;
+    3 PR_GET_DUMPABLE() Forward;
+    4 PR_SET_DUMPABLE(dumpable: SIZE) BOTH;
+    7 PR_GET_KEEPCAPS() Forward;
+    8 PR_SET_KEEPCAPS(keep: SIZE) Forward;
+    13 PR_GET_TIMING() Forward;
+    14 PR_SET_TIMING(timing: SIZE) Forward;
+    15 PR_SET_NAME(name: Str(16)) BOTH;
+    16 PR_GET_NAME(name: out(Fixed(16))) Forward;
+    21 PR_GET_SECCOMP() Forward => "The filter of the guest's node is not the program's.";
+    22 PR_SET_SECCOMP(mode: SIZE, filter: ADDR) CONFINE;
+    23 PR_CAPBSET_READ(cap: SIZE) Forward;
+    24 PR_CAPBSET_DROP(cap: SIZE) Forward;
+    25 PR_GET_TSC(state: ADDR) Local;
+    26 PR_SET_TSC(state: INT) CPU;
+    27 PR_GET_SECUREBITS() Forward;
+    28 PR_SET_SECUREBITS(bits: SIZE) Forward;
+    29 PR_SET_TIMERSLACK(slack_ns: SIZE) BOTH;
+    30 PR_GET_TIMERSLACK() Forward;
+    31 PR_TASK_PERF_EVENTS_DISABLE() Forward;
+    32 PR_TASK_PERF_EVENTS_ENABLE() Forward;
+    33 PR_MCE_KILL(arg3: SIZE, arg4: SIZE) Forward;
+    34 PR_MCE_KILL_GET() Forward;
+    35 PR_SET_MM(field: INT, addr: ADDR, arg4: SIZE, arg5: SIZE) GoHome(HomeReason::Opaque);
+    36 PR_SET_CHILD_SUBREAPER(on: SIZE) Forward;
+    37 PR_GET_CHILD_SUBREAPER(on: out(Fixed(4))) Forward;
+    38 PR_SET_NO_NEW_PRIVS(on: SIZE) Forward => "Programs are executed at home.";
+    39 PR_GET_NO_NEW_PRIVS() Forward;
+    40 PR_GET_TID_ADDRESS(addr: ADDR) Local;
+    41 PR_SET_THP_DISABLE(on: SIZE, flags: SIZE) BOTH;
+    42 PR_GET_THP_DISABLE() Forward;
+    47 PR_CAP_AMBIENT(op: SIZE, cap: SIZE) Forward;
+    52 PR_GET_SPECULATION_CTRL(which: SIZE) Forward;
+    53 PR_SET_SPECULATION_CTRL(which: SIZE, value: SIZE) BOTH;
+    55 PR_SET_TAGGED_ADDR_CTRL(value: SIZE) Forward;
+    56 PR_GET_TAGGED_ADDR_CTRL() Forward;
+    57 PR_SET_IO_FLUSHER(on: SIZE) Forward;
+    58 PR_GET_IO_FLUSHER() Forward;
+    59 PR_SET_SYSCALL_USER_DISPATCH(on: SIZE, offset: ADDR, len: SIZE, selector: ADDR) CONFINE;
+    62 PR_SCHED_CORE(op: SIZE, pid: PID, kind: SIZE, cookie: ADDR) GoHome(HomeReason::OtherProcess);
+    65 PR_SET_MDWE(flags: SIZE) CONFINE;
+    66 PR_GET_MDWE() Forward;
+    67 PR_SET_MEMORY_MERGE(on: SIZE) BOTH;
+    68 PR_GET_MEMORY_MERGE() Forward;
+    78 PR_FUTEX_HASH(op: SIZE, slots: SIZE, flags: SIZE) Local;
+    0x41555856 PR_GET_AUXV(buf: ADDR, len: SIZE) Local;
+    0x53564d41 PR_SET_VMA(attr: SIZE, addr: ADDR, len: SIZE, value: ADDR) Local => "Names of anonymous memory are not carried along.";
+    0x59616d61 PR_SET_PTRACER(pid: SIZE) Forward;
+};
+
+/// `arch_prctl` by option.
+pub(super) const ARCH_PRCTL: &[SubRow] = sub_rows! {
+    0x1001 ARCH_SET_GS(base: ADDR) Local;
+    0x1002 ARCH_SET_FS(base: ADDR) Local;
+    0x1003 ARCH_GET_FS(base: ADDR) Local;
+    0x1004 ARCH_GET_GS(base: ADDR) Local;
+    0x1011 ARCH_GET_CPUID() Local;
+    0x1012 ARCH_SET_CPUID(on: SIZE) CPU;
+    0x1021 ARCH_GET_XCOMP_SUPP(features: ADDR) Local;
+    0x1022 ARCH_GET_XCOMP_PERM(features: ADDR) Local;
+    0x1023 ARCH_REQ_XCOMP_PERM(feature: SIZE) CPU => "Large CPU state (AMX) does not move.";
+    0x1024 ARCH_GET_XCOMP_GUEST_PERM(features: ADDR) Local;
+    0x1025 ARCH_REQ_XCOMP_GUEST_PERM(feature: SIZE) CPU;
+    0x2001 ARCH_MAP_VDSO_X32(addr: ADDR) CPU;
+    0x2002 ARCH_MAP_VDSO_32(addr: ADDR) CPU;
+    0x2003 ARCH_MAP_VDSO_64(addr: ADDR) CPU;
+    0x3001 ARCH_CET_STATUS(status: ADDR) Local => "Asked by old C libraries; never in Linux.";
+    0x4001 ARCH_GET_UNTAG_MASK(mask: ADDR) Local;
+    0x4002 ARCH_ENABLE_TAGGED_ADDR(bits: SIZE) CPU;
+    0x4003 ARCH_GET_MAX_TAG_BITS(bits: ADDR) Local;
+    0x4004 ARCH_FORCE_TAGGED_SVA() CPU;
+    0x5001 ARCH_SHSTK_ENABLE(features: SIZE) CPU;
+    0x5002 ARCH_SHSTK_DISABLE(features: SIZE) CPU;
+    0x5003 ARCH_SHSTK_LOCK(features: SIZE) CPU;
+    0x5004 ARCH_SHSTK_UNLOCK(features: SIZE) CPU;
+    0x5005 ARCH_SHSTK_STATUS(features: ADDR) Local;
+};
