@@ -435,6 +435,14 @@ impl Core {
         }
     }
 
+    /// Forgets the connection in use.
+    #[cfg(test)]
+    pub(super) fn drop_connection(&mut self, now: Instant) {
+        let in_use = self.current;
+        self.drop_conns(|conn| Some(conn.handle) == in_use);
+        self.interrupt(now);
+    }
+
     /// Counters.
     pub(super) fn stats(&mut self) -> Stats {
         let mut stats = self.past;

@@ -507,6 +507,25 @@ impl Link {
     }
 }
 
+#[cfg(test)]
+impl Link {
+    /// Forgets the connection in use, as if the peer's machine had forgotten it.
+    pub(super) fn drop_connection(&self) {
+        let mut state = self.shared.state.lock();
+        state.core.drop_connection(Instant::now());
+        self.shared.wake();
+    }
+
+    /// Closes the sockets and says nothing, as if the process were killed.
+    pub(super) fn vanish(&self) {
+        let mut state = self.shared.state.lock();
+        state.main = None;
+        state.side = None;
+        state.lost = Some(LinkError::ShutDown);
+        self.shared.wake();
+    }
+}
+
 impl Clone for Link {
     fn clone(&self) -> Self {
         self.shared.users.fetch_add(1, Ordering::Relaxed);

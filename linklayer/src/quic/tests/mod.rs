@@ -1,5 +1,8 @@
 //! Links over loopback sockets.
 
+mod relay;
+mod trouble;
+
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
