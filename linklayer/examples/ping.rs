@@ -1,7 +1,7 @@
 //! Round trips and throughput of a link over loopback, beside raw UDP and raw TCP in the same run.
 //!
 //! `cargo run -p linklayer --example ping [-- same|cross|both]`: both ends on one core (the pure path of the CPU), or
-//! on one core each (wake-ups included). Interleaved rounds; medians.
+//! on one core each (wake-ups included). Interleaved rounds; medians. A second argument `calls` leaves out the rest.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -20,6 +20,7 @@ const PINGS: usize = 1500;
 const BODY: usize = 100;
 const BLOCK: usize = 256 << 10;
 const BLOCKS: usize = 400;
+const BLOCK_CALLS: usize = 10;
 const LOCAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 struct Echo {
@@ -103,21 +104,37 @@ fn round_trips(server_core: usize) {
         }
         link.push(begin.elapsed().as_secs_f64() * 1e6 / PINGS as f64);
         let begin = Instant::now();
-        for _ in 0..20 {
+        for _ in 0..BLOCK_CALLS {
             a.call(2, Header::new(1, 1, a.next_seq()), &[&big]).unwrap();
         }
-        block.push(begin.elapsed().as_secs_f64() * 1e6 / 20.0);
+        block.push(begin.elapsed().as_secs_f64() * 1e6 / BLOCK_CALLS as f64);
     }
-    let (udp, link, block) = (median(udp), median(link), median(block));
+    let waiting = {
+        let link = a.clone();
+        thread::spawn(move || link.call(3, Header::new(3, 1, 0), &[]).is_ok())
+    };
+    let mut beside = Vec::new();
+    for _ in 0..ROUNDS {
+        thread::sleep(Duration::from_millis(5));
+        let begin = Instant::now();
+        for _ in 0..PINGS {
+            a.call(1, Header::new(1, 1, a.next_seq()), &[&body]).unwrap();
+        }
+        beside.push(begin.elapsed().as_secs_f64() * 1e6 / PINGS as f64);
+    }
+    let (udp, link, block, beside) = (median(udp), median(link), median(block), median(beside));
     println!(
         "  {BODY} bytes: UDP {udp:.1} us, link {link:.1} us, ratio {:.2}",
         link / udp
     );
+    println!("  the same while another call waits: {beside:.1} us");
     println!(
         "  256 KiB echo: {block:.0} us, {:.2} GiB/s both ways",
         2.0 * BLOCK as f64 / block / 1073.741824
     );
     println!("  {:?}", a.stats());
+    a.close();
+    let _ = waiting.join();
 }
 
 fn one_way(name: &str, options: &Options, server_core: usize) -> f64 {
@@ -171,6 +188,9 @@ fn main() {
         println!("{name} core:");
         pin(0);
         round_trips(server_core);
+        if std::env::args().nth(2).is_some() {
+            continue;
+        }
         let calls = one_way("options for calls", &Options::default(), server_core);
         let bulk = one_way("bulk options", &Options::bulk(), server_core);
         let narrow = Options {

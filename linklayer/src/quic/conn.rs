@@ -51,6 +51,8 @@ pub(super) struct Conn {
     /// When it is given up if it is not established by then.
     pub(super) expires: Instant,
     pub(super) established: bool,
+    /// The endpoint has forgotten it, and may give its handle to another.
+    pub(super) drained: bool,
     pub(super) frames_sent: u64,
     pub(super) frames_received: u64,
     control_in: Incoming,
@@ -88,6 +90,7 @@ impl Conn {
             via,
             expires,
             established: false,
+            drained: false,
             frames_sent: 0,
             frames_received: 0,
             control_in: Incoming::default(),
@@ -147,6 +150,7 @@ impl Conn {
         news: &mut Vec<News>,
     ) {
         while let Some(event) = self.quic.poll_endpoint_events() {
+            self.drained |= event.is_drained();
             if let Some(answer) = endpoint.handle_event(self.handle, event) {
                 self.quic.handle_event(answer);
             }

@@ -4,37 +4,27 @@
 //! [`Core::close`]. After any of them the outputs are to be polled in this order: [`Core::poll_request`],
 //! [`Core::poll_transmit`], [`Core::poll_delivery`], [`Core::poll_notice`], [`Core::next_timeout`].
 
+mod news;
+
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use quinn_proto::{
-    ClientConfig, ConnectionError, ConnectionHandle, DatagramEvent, Endpoint, EndpointConfig, EndpointEvent,
-    Incoming, MtuDiscoveryConfig, ServerConfig, Transmit, TransportConfig, TransportErrorCode, VarInt,
+    ClientConfig, ConnectionHandle, DatagramEvent, Endpoint, EndpointConfig, EndpointEvent, Incoming,
+    ServerConfig, Transmit,
 };
 
-use super::conn::{Conn, Delivery, News, Via};
-use super::control::{Control, Hello, VERSION};
+use self::news::code;
+use super::conn::{Conn, Delivery, Via};
+use super::control::Control;
 use super::keys::SERVER_NAME;
+use super::transport::transport;
 use super::{Fingerprint, LinkError, OneTimeKey, Options, Stats};
 use crate::frame::Header;
-use crate::session::{MAX_LANES, Session};
-
-/// Codes that a link closes a connection with.
-mod code {
-    /// The link is done.
-    pub(super) const DONE: u32 = 0;
-    /// The peer broke the protocol.
-    pub(super) const PROTOCOL: u32 = 1;
-    /// The peer speaks another version.
-    pub(super) const VERSION: u32 = 2;
-    /// The peer's session is not the one of this link.
-    pub(super) const SESSION: u32 = 3;
-    /// Nothing was heard for too long.
-    pub(super) const GAVE_UP: u32 = 4;
-}
+use crate::session::Session;
 
 /// How long one attempt at a connection may take.
 const ATTEMPT: Duration = Duration::from_secs(3);
@@ -48,9 +38,6 @@ const REFUSED_COUNT: u32 = 3;
 const REFUSED_FOR: Duration = Duration::from_millis(200);
 /// Handshakes that may be under way on a listening end besides the connection in use.
 const MAX_CANDIDATES: usize = 4;
-/// The first guess of the round trip: what a lost datagram of a handshake costs is three times this.
-const FIRST_RTT: Duration = Duration::from_millis(50);
-const INITIAL_WINDOW_BYTES: u64 = 1 << 20;
 /// The largest UDP payload that a socket of ours receives.
 const MAX_UDP_BYTES: u16 = 65_527;
 
@@ -273,19 +260,17 @@ impl Core {
                 &mut self.inbox,
                 &mut news,
             );
-            let retained = news.is_empty();
+            at += 1;
+            if news.is_empty() && !conn.drained {
+                continue;
+            }
             for item in news.drain(..) {
                 self.on_news(now, handle, item);
             }
-            if retained {
-                at += 1;
-            } else {
-                at = self
-                    .conns
-                    .iter()
-                    .position(|conn| conn.handle == handle)
-                    .map_or(at, |found| found + 1);
-            }
+            // Nothing is left to be sent on it, and its handle is free for the next one.
+            self.drop_conns(|conn| conn.drained);
+            // Others may be gone, too: to look at one again does no harm.
+            at = 0;
         }
         if self.phase == Phase::Lost || self.current.is_none() {
             return;
@@ -495,215 +480,6 @@ impl Core {
         }
     }
 
-    fn on_news(&mut self, now: Instant, handle: ConnectionHandle, news: News) {
-        if self.phase == Phase::Lost {
-            return;
-        }
-        match news {
-            News::Connected => self.on_connected(handle),
-            News::Control(Control::Hello(hello)) => self.on_hello(now, handle, &hello),
-            News::Control(Control::Acks(acks)) => {
-                if self.current != Some(handle) {
-                    return;
-                }
-                for (lane, upto) in acks {
-                    if let Err(error) = self.session.acknowledged(lane, upto) {
-                        self.broken(now, handle, error.to_string());
-                        return;
-                    }
-                }
-            }
-            News::Control(Control::AckNow) => self.session.hurry_acks(now),
-            News::Gone(reason) => self.on_gone(now, handle, reason),
-            News::Broken(what) => self.broken(now, handle, what),
-        }
-    }
-
-    /// The end that connected says hello first.
-    fn on_connected(&mut self, handle: ConnectionHandle) {
-        let Role::Connecting { session, .. } = self.role else {
-            return;
-        };
-        let (epoch, positions) = (self.epoch, self.session.positions());
-        if let Some(conn) = find(&mut self.conns, handle) {
-            conn.send_control(&Control::Hello(Hello {
-                version: VERSION,
-                session,
-                epoch,
-                positions,
-            }));
-        }
-    }
-
-    fn on_hello(&mut self, now: Instant, handle: ConnectionHandle, hello: &Hello) {
-        let Some(conn) = find(&mut self.conns, handle) else {
-            return;
-        };
-        if conn.established {
-            self.broken(now, handle, "it said hello twice".to_owned());
-            return;
-        }
-        if hello.version != VERSION {
-            let error = LinkError::Version {
-                ours: VERSION,
-                theirs: hello.version,
-            };
-            self.fail(now, handle, error, code::VERSION);
-            return;
-        }
-        match &mut self.role {
-            Role::Connecting { session, .. } => {
-                if hello.session != *session || hello.epoch != self.epoch {
-                    self.broken(now, handle, "it answered another hello".to_owned());
-                    return;
-                }
-            }
-            Role::Listening { session, .. } => {
-                if session.is_some_and(|known| known != hello.session) {
-                    let error = LinkError::Protocol("it began another session".to_owned());
-                    self.fail(now, handle, error, code::SESSION);
-                    return;
-                }
-                if hello.epoch <= self.epoch {
-                    // A connection that was given up long ago.
-                    self.drop_conns(|conn| conn.handle == handle);
-                    return;
-                }
-                *session = Some(hello.session);
-                self.epoch = hello.epoch;
-                let answer = Hello {
-                    positions: self.session.positions(),
-                    ..hello.clone()
-                };
-                conn.send_control(&Control::Hello(answer));
-            }
-        }
-        self.adopt(now, handle, hello);
-    }
-
-    /// `handle` becomes the connection in use.
-    fn adopt(&mut self, now: Instant, handle: ConnectionHandle, hello: &Hello) {
-        if let Err(error) = self.session.resume(&hello.positions) {
-            self.fail(now, handle, error.into(), code::PROTOCOL);
-            return;
-        }
-        let old = self.current.replace(handle);
-        let connecting = matches!(self.role, Role::Connecting { .. });
-        self.drop_conns(|conn| conn.handle != handle && (connecting || Some(conn.handle) == old));
-        self.heard = now;
-        self.refused = None;
-        if let Role::Connecting { pause, .. } = &mut self.role {
-            *pause = RETRY_MIN;
-        }
-        let Some(conn) = find(&mut self.conns, handle) else {
-            return;
-        };
-        let (remote, local_ip) = (conn.quic.remote_address(), conn.quic.local_ip());
-        self.requests.push_back(Request::Promote { remote, local_ip });
-        match self.phase {
-            Phase::Starting => self.notices.push_back(Notice::Established),
-            Phase::Live => self.past.reconnects += 1,
-            Phase::Interrupted { .. } => {
-                self.past.reconnects += 1;
-                self.notices.push_back(Notice::Restored);
-            }
-            Phase::Lost => {}
-        }
-        self.phase = Phase::Live;
-        for item in conn.establish(now, &mut self.session, &mut self.inbox) {
-            self.on_news(now, handle, item);
-        }
-    }
-
-    fn on_gone(&mut self, now: Instant, handle: ConnectionHandle, reason: ConnectionError) {
-        let in_use = self.current == Some(handle);
-        let fatal = match &reason {
-            ConnectionError::ApplicationClosed(close) => Some(closed(close.error_code, &close.reason)),
-            ConnectionError::TransportError(error) => untrusted(error.code, &error.reason),
-            ConnectionError::ConnectionClosed(close) => {
-                untrusted(close.error_code, &String::from_utf8_lossy(&close.reason))
-            }
-            ConnectionError::VersionMismatch => {
-                Some(LinkError::Protocol("it speaks another QUIC".to_owned()))
-            }
-            _ => None,
-        };
-        tracing::debug!(%reason, in_use, "connection gone");
-        if in_use {
-            self.current = None;
-            self.session.disconnected();
-        }
-        if let Some(conn) = find(&mut self.conns, handle) {
-            // It stays for a moment, to tell the peer why, and is then forgotten.
-            conn.established = false;
-            conn.expires = now + RETRY_MIN;
-        }
-        let starting = self.phase == Phase::Starting && matches!(self.role, Role::Connecting { .. });
-        match fatal {
-            Some(error) if in_use || starting => self.lose(now, error, None),
-            _ if in_use => self.interrupt(now),
-            _ => {}
-        }
-        if let Role::Connecting {
-            next_attempt, pause, ..
-        } = &mut self.role
-        {
-            *next_attempt = now + *pause;
-            *pause = (*pause * 2).min(RETRY_MAX);
-        }
-    }
-
-    fn broken(&mut self, now: Instant, handle: ConnectionHandle, what: String) {
-        self.fail(now, handle, LinkError::Protocol(what), code::PROTOCOL);
-    }
-
-    /// Closes a connection for what the peer did. If the link depends on it, the link is lost.
-    fn fail(&mut self, now: Instant, handle: ConnectionHandle, error: LinkError, code: u32) {
-        let starting = self.phase == Phase::Starting && matches!(self.role, Role::Connecting { .. });
-        if self.current == Some(handle) || starting {
-            self.lose(now, error, Some(code));
-            return;
-        }
-        tracing::debug!(%error, "connection refused");
-        if let Some(conn) = find(&mut self.conns, handle) {
-            conn.quic
-                .close(now, VarInt::from_u32(code), Bytes::from(error.to_string()));
-            // Let the close go out, then forget it.
-            conn.expires = now + RETRY_MIN;
-        }
-    }
-
-    fn lose(&mut self, now: Instant, error: LinkError, code: Option<u32>) {
-        tracing::debug!(%error, "link lost");
-        if let Some(code) = code {
-            self.close_conns(now, code, &error.to_string());
-        }
-        self.phase = Phase::Lost;
-        self.session.disconnected();
-        self.notices.push_back(Notice::Lost(error));
-    }
-
-    fn close_conns(&mut self, now: Instant, code: u32, reason: &str) {
-        for conn in &mut self.conns {
-            conn.quic.close(
-                now,
-                VarInt::from_u32(code),
-                Bytes::copy_from_slice(reason.as_bytes()),
-            );
-        }
-    }
-
-    fn interrupt(&mut self, now: Instant) {
-        if self.phase != Phase::Live {
-            return;
-        }
-        self.phase = Phase::Interrupted { since: self.heard };
-        self.notices.push_back(Notice::Interrupted);
-        if let Role::Connecting { next_attempt, .. } = &mut self.role {
-            *next_attempt = now;
-        }
-    }
-
     /// Looks for silence, closed ports, and the end of patience.
     fn watch(&mut self, now: Instant) {
         match self.phase {
@@ -776,7 +552,9 @@ impl Core {
                 continue;
             }
             let conn = self.conns.remove(at);
-            self.endpoint.handle_event(conn.handle, EndpointEvent::drained());
+            if !conn.drained {
+                self.endpoint.handle_event(conn.handle, EndpointEvent::drained());
+            }
             self.past.frames_sent += conn.frames_sent;
             self.past.frames_received += conn.frames_received;
             if self.current == Some(conn.handle) {
@@ -793,43 +571,4 @@ fn current(conns: &mut [Conn], handle: Option<ConnectionHandle>) -> Option<&mut 
 
 fn find(conns: &mut [Conn], handle: ConnectionHandle) -> Option<&mut Conn> {
     conns.iter_mut().find(|conn| conn.handle == handle)
-}
-
-/// What the peer means by closing with `code`.
-fn closed(code: VarInt, reason: &[u8]) -> LinkError {
-    let reason = String::from_utf8_lossy(reason).into_owned();
-    match u32::try_from(code.into_inner()) {
-        Ok(code::DONE) => LinkError::Closed,
-        Ok(code::GAVE_UP) => LinkError::TimedOut(Duration::ZERO),
-        _ => LinkError::Rejected(reason),
-    }
-}
-
-/// A handshake that failed in TLS: one of the two is not who the other expects.
-fn untrusted(code: TransportErrorCode, reason: &str) -> Option<LinkError> {
-    let code: u64 = code.into();
-    (0x100..0x200)
-        .contains(&code)
-        .then(|| LinkError::Untrusted(reason.to_owned()))
-}
-
-fn transport(options: &Options) -> Arc<TransportConfig> {
-    let mut mtu = MtuDiscoveryConfig::default();
-    mtu.upper_bound(options.mtu_bytes);
-    let mut congestion = quinn_proto::congestion::CubicConfig::default();
-    congestion.initial_window(INITIAL_WINDOW_BYTES);
-    let mut config = TransportConfig::default();
-    config
-        .max_concurrent_bidi_streams(VarInt::from_u32(MAX_LANES as u32 + 1))
-        .max_concurrent_uni_streams(VarInt::from_u32(0))
-        .max_idle_timeout(None)
-        .keep_alive_interval(Some(options.keep_alive))
-        .stream_receive_window(VarInt::from_u32(options.stream_window_bytes))
-        .receive_window(VarInt::from_u32(options.window_bytes))
-        .send_window(options.send_window_bytes)
-        .initial_rtt(FIRST_RTT)
-        .datagram_receive_buffer_size(None)
-        .mtu_discovery_config(Some(mtu))
-        .congestion_controller_factory(Arc::new(congestion));
-    Arc::new(config)
 }

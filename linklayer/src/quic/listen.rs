@@ -51,7 +51,7 @@ impl LinkListener {
     ) -> Result<Link, LinkError> {
         let mut slot = self.socket.lock();
         let socket = slot.as_ref().ok_or(LinkError::InUse)?;
-        socket.tune(&options);
+        let options = options.clone().fitted(socket.tune(&options));
         let probe_mtu = !socket.may_fragment();
         let core = Core::listening(Instant::now(), &self.key, peer, probe_mtu, options.clone())?;
         let again = socket

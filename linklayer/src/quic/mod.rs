@@ -11,16 +11,18 @@
 //! - `keys`: one-time keys, pinning.
 //! - `socket`: the UDP sockets.
 //! - `conn`: one QUIC connection and its streams; `control`: what links tell each other.
-//! - `core`: all the connections of a link, its session and its timers, without I/O.
-//! - `link`: threads; `listen`: the end that is connected to.
+//! - `core`: all the connections of a link, its session and its timers, without I/O; `transport`: how QUIC is set up.
+//! - `lead`: threads; `link`, `listen`: what users see.
 
 mod conn;
 mod control;
 mod core;
 mod keys;
+mod lead;
 mod link;
 mod listen;
 mod socket;
+mod transport;
 
 use std::io;
 use std::sync::Arc;
@@ -117,6 +119,9 @@ impl From<SessionError> for LinkError {
     }
 }
 
+/// The least that a window is cut down to, in bytes.
+const MIN_WINDOW_BYTES: u32 = 64 << 10;
+
 /// How a link behaves. [`Options::default`] is for calls, [`Options::bulk`] for pages and file contents on a link of
 /// their own.
 #[derive(Debug, Clone)]
@@ -182,6 +187,20 @@ impl Options {
             thread_name: "bulk".to_owned(),
             ..Self::default()
         }
+    }
+}
+
+impl Options {
+    /// The same with windows for a socket whose receive buffer is of `buffer_bytes`. The kernel counts up to twice a
+    /// datagram's payload; a window beyond what fits is a promise of loss.
+    fn fitted(mut self, buffer_bytes: usize) -> Self {
+        let fit = u32::try_from(buffer_bytes / 2)
+            .unwrap_or(u32::MAX)
+            .max(MIN_WINDOW_BYTES);
+        self.window_bytes = self.window_bytes.min(fit);
+        self.stream_window_bytes = self.stream_window_bytes.min(fit);
+        self.silence = self.silence.max(3 * self.keep_alive);
+        self
     }
 }
 

@@ -2,16 +2,18 @@
 
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
 use quinn_udp::{RecvMeta, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::Options;
 
 /// How long a receiving thread stays in the kernel before it looks at its timers.
-pub(super) const TICK: Duration = Duration::from_millis(8);
+pub(super) const TICK: Duration = Duration::from_millis(4);
 /// Room for one receive: the kernel may hand over several datagrams of equal size in one go.
 pub(super) const RECEIVE_BYTES: usize = 64 << 10;
 /// The most bytes that the kernel takes in one segmented send.
@@ -62,6 +64,12 @@ impl Sock {
         // quinn-udp leaves it non-blocking; here threads wait in the kernel, which is the fastest way to be woken.
         socket.set_nonblocking(false)?;
         socket.set_read_timeout(Some(TICK))?;
+        if peer.is_some() {
+            // What it asked for to come with every datagram costs time, and is known here.
+            let _ = socket.set_recv_tos_v4(false);
+            let _ = setsockopt(&socket, sockopt::Ipv4PacketInfo, &false);
+            let _ = setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &false);
+        }
         Ok(Self {
             socket: socket.into(),
             state,
@@ -86,14 +94,27 @@ impl Sock {
         self.peer.is_some()
     }
 
-    /// Applies what only the user of the link knows. Nothing of it is needed for correctness.
-    pub(super) fn tune(&self, options: &Options) {
+    /// The one that it speaks to.
+    pub(super) fn peer(&self) -> Option<SocketAddr> {
+        self.peer
+    }
+
+    /// Applies what only the user of the link knows; nothing of it is needed for correctness. Returns how much the
+    /// kernel keeps for a slow receiver, in bytes of its own accounting.
+    pub(super) fn tune(&self, options: &Options) -> usize {
         let socket = socket2::SockRef::from(&self.socket);
-        let _ = socket.set_recv_buffer_size(options.socket_buffer_bytes);
-        let _ = socket.set_send_buffer_size(options.socket_buffer_bytes);
+        // Beyond net.core.rmem_max (socket(7)) only with CAP_NET_ADMIN.
+        let bytes = options.socket_buffer_bytes;
+        if setsockopt(&self.socket, sockopt::RcvBufForce, &bytes).is_err() {
+            let _ = socket.set_recv_buffer_size(bytes);
+        }
+        if setsockopt(&self.socket, sockopt::SndBufForce, &bytes).is_err() {
+            let _ = socket.set_send_buffer_size(bytes);
+        }
         if let Some(priority) = options.priority {
             let _ = socket.set_priority(priority);
         }
+        socket.recv_buffer_size().unwrap_or(bytes)
     }
 
     /// The address it is bound to.
@@ -118,10 +139,38 @@ impl Sock {
     ///
     /// `WouldBlock` when none came; `ConnectionRefused` when the kernel knows that nobody listens at the peer's address.
     pub(super) fn receive(&self, buffer: &mut [u8]) -> io::Result<RecvMeta> {
-        let mut meta = [RecvMeta::default()];
-        self.state
-            .recv((&self.socket).into(), &mut [IoSliceMut::new(buffer)], &mut meta)?;
-        Ok(meta[0])
+        let Some(peer) = self.peer else {
+            let mut meta = [RecvMeta::default()];
+            self.state
+                .recv((&self.socket).into(), &mut [IoSliceMut::new(buffer)], &mut meta)?;
+            return Ok(meta[0]);
+        };
+        let mut space = nix::cmsg_space!(i32);
+        let mut parts = [IoSliceMut::new(buffer)];
+        let message = loop {
+            match recvmsg::<()>(
+                self.socket.as_raw_fd(),
+                &mut parts,
+                Some(&mut space),
+                MsgFlags::empty(),
+            ) {
+                Ok(message) => break message,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        };
+        let stride = message.cmsgs()?.find_map(|item| match item {
+            ControlMessageOwned::UdpGroSegments(size) => usize::try_from(size).ok(),
+            _ => None,
+        });
+        let len = message.bytes;
+        Ok(RecvMeta {
+            addr: peer,
+            len,
+            stride: stride.unwrap_or(len),
+            ecn: None,
+            dst_ip: None,
+        })
     }
 
     /// Sends. A datagram that the kernel refuses counts as lost on the way, which QUIC repairs. Returns

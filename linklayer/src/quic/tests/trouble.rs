@@ -1,6 +1,7 @@
 //! Paths that are cut, lose or move, and peers that are killed.
 
 use std::io::{BufRead, BufReader, Write};
+use std::panic::AssertUnwindSafe;
 use std::process::{Child, Command, Stdio};
 
 use super::relay::Relay;
@@ -141,13 +142,12 @@ fn a_change_of_address_is_survived() {
 
 #[test]
 fn a_new_connection_goes_on_where_the_old_one_ended() {
-    let (relay, both) = through_relay(nervous());
-    undisturbed(&both, 800, || {
+    let (_relay, both) = through_relay(nervous());
+    undisturbed(&both, 4000, || {
         for _ in 0..6 {
             thread::sleep(Duration::from_millis(120));
             both.a.drop_connection();
         }
-        drop(relay);
     });
     assert!(both.a.stats().reconnects >= 3, "{:?}", both.a.stats());
 }
@@ -289,4 +289,66 @@ fn a_listener_notices_that_its_peer_vanished() {
         "{:?}",
         before.elapsed()
     );
+}
+
+#[test]
+fn a_handler_that_panics_ends_its_link() {
+    struct Clumsy;
+    impl Handler for Clumsy {
+        fn frame(&self, _link: &Link, _lane: u32, _header: Header, _payload: Vec<u8>) {
+            panic!("this is part of the test");
+        }
+        fn lost(&self, _why: &LinkError) {}
+    }
+    let (key_a, key_b) = (OneTimeKey::generate().unwrap(), OneTimeKey::generate().unwrap());
+    let listener = LinkListener::bind(local(), key_b.clone()).unwrap();
+    let (address, fingerprint) = (listener.local_addr(), key_a.fingerprint());
+    let accepted = thread::spawn(move || {
+        listener
+            .accept(fingerprint, Arc::new(Clumsy), PATIENCE, Options::default())
+            .unwrap()
+    });
+    let (peer, seen) = Peer::new();
+    let a = Link::connect(address, &key_a, key_b.fingerprint(), peer, Options::default()).unwrap();
+    let b = accepted.join().unwrap();
+    assert!(a.call(0, Header::new(ECHO, 0, 1), &[]).is_err());
+    assert!(matches!(event(&seen), Seen::Lost(LinkError::Closed)));
+    assert!(matches!(
+        b.call(0, Header::new(ECHO, 0, 1), &[]),
+        Err(LinkError::ShutDown)
+    ));
+}
+
+#[test]
+fn a_call_from_inside_the_handler_is_refused() {
+    struct Nesting(Mutex<Sender<bool>>);
+    impl Handler for Nesting {
+        fn frame(&self, link: &Link, lane: u32, header: Header, _payload: Vec<u8>) {
+            let outcome =
+                std::panic::catch_unwind(AssertUnwindSafe(|| link.call(lane, header, &[]).is_err()));
+            let _ = self.0.lock().send(outcome.unwrap_or(true));
+        }
+        fn lost(&self, _why: &LinkError) {}
+    }
+    let (key_a, key_b) = (OneTimeKey::generate().unwrap(), OneTimeKey::generate().unwrap());
+    let listener = LinkListener::bind(local(), key_b.clone()).unwrap();
+    let (address, fingerprint) = (listener.local_addr(), key_a.fingerprint());
+    let (sender, refused) = channel();
+    let accepted = thread::spawn(move || {
+        let handler = Arc::new(Nesting(Mutex::new(sender)));
+        listener
+            .accept(fingerprint, handler, PATIENCE, Options::default())
+            .unwrap()
+    });
+    let a = Link::connect(
+        address,
+        &key_a,
+        key_b.fingerprint(),
+        Peer::new().0,
+        Options::default(),
+    )
+    .unwrap();
+    let _b = accepted.join().unwrap();
+    a.send(0, Header::new(NOTE, 0, 1), &[]).unwrap();
+    assert!(refused.recv_timeout(PATIENCE).unwrap());
 }
