@@ -8,3 +8,4 @@ pub mod build;
 pub mod compare;
 pub mod lab;
 pub mod skip;
+pub mod terminal;

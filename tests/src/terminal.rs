@@ -1,0 +1,175 @@
+//! A program on a terminal of its own, driven as by somebody who types.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use nix::pty::{Winsize, openpty};
+
+use crate::compare::End;
+
+/// A terminal with a session that has it as its controlling terminal.
+#[derive(Debug)]
+pub struct Terminal {
+    child: Child,
+    master: File,
+    path: PathBuf,
+    output: Receiver<Vec<u8>>,
+    /// Everything that was shown since the last match of [`expect`](Self::expect).
+    shown: String,
+    log: String,
+}
+
+impl Terminal {
+    /// Starts the command as leader of a session on a new terminal of 24 lines and 80 columns.
+    ///
+    /// # Panics
+    /// When there is no terminal, or `setsid` (util-linux) is not there.
+    pub fn start(command: &Command) -> Self {
+        let size = Winsize {
+            ws_row: 24,
+            ws_col: 80,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        let pty = openpty(Some(&size), None).expect("a terminal");
+        let path = nix::unistd::ttyname(&pty.slave).expect("the terminal's name");
+        let slave = || Stdio::from(pty.slave.as_fd().try_clone_to_owned().expect("a duplicate"));
+        let mut session = Command::new("setsid");
+        session
+            .args(["--ctty", "--wait"])
+            .arg(command.get_program())
+            .args(command.get_args());
+        session.env("TERM", "xterm").env("PS1", "$ ");
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => session.env(name, value),
+                None => session.env_remove(name),
+            };
+        }
+        if let Some(dir) = command.get_current_dir() {
+            session.current_dir(dir);
+        }
+        let child = session
+            .stdin(slave())
+            .stdout(slave())
+            .stderr(slave())
+            .spawn()
+            .expect("setsid can be started");
+        drop(pty.slave);
+        let master = File::from(pty.master);
+        let mut reader = master.try_clone().expect("a duplicate");
+        let (send, output) = channel();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            // EIO is how a terminal ends whose last process is gone.
+            while let Ok(n @ 1..) = reader.read(&mut buffer) {
+                if send.send(buffer[..n].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        Self {
+            child,
+            master,
+            path,
+            output,
+            shown: String::new(),
+            log: String::new(),
+        }
+    }
+
+    /// Types the text. Control characters are written as they are: "\x03" is Ctrl-C.
+    ///
+    /// # Panics
+    /// When the terminal is gone.
+    pub fn send(&mut self, keys: &str) {
+        self.master
+            .write_all(keys.as_bytes())
+            .expect("the terminal takes keys");
+    }
+
+    /// Waits until the terminal shows the text, and forgets everything up to there; gives what came before it.
+    ///
+    /// # Panics
+    /// When it does not within 20 seconds.
+    pub fn expect(&mut self, text: &str) -> String {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Some(at) = self.shown.find(text) {
+                let before = self.shown[..at].to_owned();
+                self.shown.drain(..at + text.len());
+                return before;
+            }
+            match self
+                .output
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                Ok(bytes) => {
+                    let text = String::from_utf8_lossy(&bytes).into_owned();
+                    self.shown += &text;
+                    self.log += &text;
+                }
+                Err(why) => panic!(
+                    "`{text}` was not shown ({why}); all that was shown:\n{}",
+                    self.log
+                ),
+            }
+        }
+    }
+
+    /// Changes the size of the terminal.
+    ///
+    /// # Panics
+    /// When `stty` cannot.
+    pub fn resize(&self, rows: u16, columns: u16) {
+        let status = Command::new("stty")
+            .args(["rows", &rows.to_string(), "cols", &columns.to_string(), "-F"])
+            .arg(&self.path)
+            .status()
+            .expect("stty can be started");
+        assert!(status.success(), "stty: {status}");
+    }
+
+    /// Closes the terminal, as when its window is closed, and waits for the session's end.
+    ///
+    /// # Panics
+    /// When the session does not end.
+    pub fn hang_up(self) -> End {
+        let Self {
+            mut child,
+            master,
+            output,
+            ..
+        } = self;
+        drop((master, output));
+        child.wait().expect("the session's status").into()
+    }
+
+    /// Waits for the end of the session.
+    ///
+    /// # Panics
+    /// When it does not end within 20 seconds.
+    pub fn wait(mut self) -> End {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            // What is still written has to be read, or the session could not end.
+            match self
+                .output
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                Ok(bytes) => self.log += &String::from_utf8_lossy(&bytes),
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break,
+                Err(why) => panic!(
+                    "the session did not end ({why}); all that was shown:\n{}",
+                    self.log
+                ),
+            }
+        }
+        self.child.wait().expect("the session's status").into()
+    }
+}
