@@ -80,39 +80,35 @@ impl Stopped {
         self.plain("PTRACE_DETACH", libc::PTRACE_DETACH, sig as usize)
     }
 
+    /// Resumes the thread with one of the requests above and waits for its next stop: the token is then for that stop.
+    /// A kill gives [`PtraceError::Gone`].
+    pub(crate) fn run_on(&mut self, req: u32, sig: i32) -> Result<Stop> {
+        self.plain("ptrace resume", req, sig as usize)?;
+        *self = wait_stop(self.tid)?;
+        Ok(self.stop)
+    }
+
     /// Lets the thread leave the system call that it is inside of (see [`Stop::inside_call`]) and waits for its syscall-exit
-    /// stop, where rax is final. A thread that is not inside a call is given back as it is.
+    /// stop, where rax is final. Nothing happens to a thread that is not inside a call.
     ///
     /// Other stops on the way are group-stops and interrupts only (signals are not delivered before the exit); they are passed
     /// over. A kill gives [`PtraceError::Gone`].
-    pub fn leave_call(self) -> Result<Stopped> {
-        if !self.stop.inside_call() {
-            return Ok(self);
+    pub fn leave_call(&mut self) -> Result<()> {
+        if self.stop.inside_call() {
+            while self.run_on(libc::PTRACE_SYSCALL, 0)? != Stop::Syscall {}
         }
-        let tid = self.tid;
-        let mut stopped = self;
-        loop {
-            stopped.syscall(0)?;
-            stopped = wait_stop(tid)?;
-            if matches!(stopped.stop, Stop::Syscall) {
-                return Ok(stopped);
-            }
-        }
+        Ok(())
     }
 
     /// Brings a stopped thread to an EVENT_STOP ([`Stop::Interrupt`] or [`Stop::Group`]) with its registers unchanged, from any
     /// stop outside a call; a signal of a signal-delivery-stop is suppressed.
-    pub fn settle(self) -> Result<Stopped> {
-        let tid = self.tid;
-        interrupt(tid)?;
-        let mut stopped = self;
-        loop {
-            stopped.cont(0)?;
-            stopped = wait_stop(tid)?;
-            if matches!(stopped.stop, Stop::Interrupt | Stop::Group(_)) {
-                return Ok(stopped);
-            }
-        }
+    pub fn settle(&mut self) -> Result<()> {
+        interrupt(self.tid)?;
+        while !matches!(
+            self.run_on(libc::PTRACE_CONT, 0)?,
+            Stop::Interrupt | Stop::Group(_)
+        ) {}
+        Ok(())
     }
 
     // --- registers
