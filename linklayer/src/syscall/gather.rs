@@ -1,25 +1,19 @@
 //! Copying the arguments of a call out of guest memory, and its results into it.
 
-use super::kind::{Actual, Buf, Dir, Disposition, HomeReason, Kind, Size, When};
-use super::request::{
-    CallRequest, Malformed, Out, OutLen, OutWhen, Place, Reloc, Reply, SLOT_DATA_LEN, Target,
-};
+use super::builder::{Builder, Pointer, body_align, pointer};
+use super::kind::{Actual, Blocking, Buf, Dir, Disposition, HomeReason, Kind, Scalar, Size, When};
+use super::request::{CallRequest, Malformed, OutLen, OutWhen, Place, Reply, SLOT_DATA_LEN, Target};
+use super::resolve;
 use super::transfer::Transfer;
-use super::{Call, resolve};
-use crate::memory::{GuestMemory, LOW_END, USER_END};
+use super::vector::{MAX_RW_COUNT, Segment};
+use crate::memory::{GuestMemory, USER_END};
 
 /// The most bytes of a body (the data of `read`, `write`, `sendmsg` and their kind) that travel in one call: what a
 /// slot holds, less room for an array of `iovec`, names and control data. A whole number of pages.
 pub const BODY_MAX: usize = 224 * 1024;
 
-/// `MAX_RW_COUNT`: the kernel transfers no more in one call.
-pub(super) const MAX_RW_COUNT: u64 = 0x7fff_f000;
-/// `UIO_MAXIOV`.
-pub(super) const MAX_IOV: u64 = 1024;
 /// `MAX_ARG_STRLEN`, of which a string of `execve` must stay below.
 const MAX_ARG_STRLEN: usize = 128 * 1024;
-/// Marks an offset in the part of the data area behind the image while the image's length is not known yet.
-const OUT_ZONE: u32 = 1 << 30;
 const EFAULT: i64 = 14;
 
 /// Why a call is not forwarded in one request.
@@ -41,16 +35,16 @@ pub struct Gathered {
     /// The signal mask that is to hold while the call waits (`ppoll`, `pselect6`, `epoll_pwait`). The request does
     /// not contain it.
     pub temp_mask: Option<u64>,
-    dests: Vec<Dest>,
+    pub(super) dests: Vec<Dest>,
 }
 
 /// Where in the guest the bytes of an out range go; several in a row share a range in order.
 #[derive(Debug, Clone, Copy)]
-struct Dest {
-    out: u32,
-    addr: u64,
-    len: u32,
-    quiet: bool,
+pub(super) struct Dest {
+    pub out: u32,
+    pub addr: u64,
+    pub len: u32,
+    pub quiet: bool,
 }
 
 impl Gathered {
@@ -108,16 +102,11 @@ impl Gathered {
     }
 }
 
-/// A part of a body in guest memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Segment {
-    pub addr: u64,
-    pub len: u64,
-}
-
 /// Copies the arguments of a call out of guest memory.
 ///
-/// Works for every disposition except `GoHome`: the handler of a `Split` call uses it for its forwarded half.
+/// Works for every disposition except `GoHome`: the handler of a `Split` call uses it for its forwarded half. A call with
+/// an address that the row does not describe ([`Scalar::Addr`]) is refused with [`HomeReason::Opaque`], so that no
+/// address of the guest can reach the vessel, where it means something else.
 pub fn gather(nr: u32, args: &[u64; 6], mem: &dyn GuestMemory) -> Result<Gathered, GatherError> {
     gather_part(nr, args, mem, None)
 }
@@ -153,57 +142,11 @@ pub(super) fn gather_part(
     builder.finish()
 }
 
-/// A request under construction.
-pub(super) struct Builder<'m> {
-    pub mem: &'m dyn GuestMemory,
-    pub nr: u32,
-    /// The registers as the guest gave them.
-    pub given: [u64; 6],
-    call: Call,
-    pub part: Option<&'m [Segment]>,
-    /// The registers as they will be sent.
-    pub args: [u64; 6],
-    image: Vec<u8>,
-    out_space: u32,
-    out_align: u32,
-    relocs: Vec<Reloc>,
-    outs: Vec<Out>,
-    dests: Vec<Dest>,
-    /// Offsets of the blocks behind the arguments.
-    at: [Option<u32>; 6],
-    temp_mask: Option<u64>,
-}
-
-/// What is to be done about a pointer.
-pub(super) enum Pointer {
-    /// It means the same in every process: null, or never mapped.
-    AsItIs,
-    /// It may be followed.
-    Follow,
-}
-
-pub(super) fn pointer(addr: u64) -> Pointer {
-    if (LOW_END..USER_END).contains(&addr) {
-        Pointer::Follow
-    } else {
-        Pointer::AsItIs
-    }
-}
-
 /// The size of a block, as far as it can be told.
 enum Extent {
     Bytes(u64),
     /// The kernel refuses the size before it looks at the pointer.
     Refused,
-}
-
-/// Direct I/O needs buffers that are aligned as the guest's are.
-fn body_align(addr: u64, len: u64) -> u32 {
-    match addr | len {
-        both if both % 4096 == 0 => 4096,
-        both if both % 512 == 0 => 512,
-        _ => 8,
-    }
 }
 
 impl Builder<'_> {
@@ -230,7 +173,7 @@ impl Builder<'_> {
     }
 
     fn one(&mut self, index: usize, kind: Kind) -> Result<(), GatherError> {
-        if matches!(kind, Kind::Val(_)) {
+        if matches!(kind, Kind::Val(scalar) if scalar != Scalar::Addr) {
             return Ok(());
         }
         let addr = self.given[index];
@@ -238,7 +181,7 @@ impl Builder<'_> {
             return Ok(());
         }
         match kind {
-            Kind::Val(_) | Kind::Sub(_) => Ok(()),
+            Kind::Val(_) | Kind::Sub(_) => Err(GatherError::GoHome(HomeReason::Opaque)),
             Kind::Str(max) => {
                 let text = self.mem.read_string(addr, max as usize).ok();
                 let at = text.map(|text| self.append(&text, 1));
@@ -285,117 +228,6 @@ impl Builder<'_> {
                 Ok(())
             }
         }
-    }
-
-    /// The value of a plain argument, in the width that the kernel looks at.
-    pub fn value(&self, index: u8) -> i64 {
-        let register = self.given[usize::from(index)];
-        match self.call.kind(usize::from(index)) {
-            Some(Kind::Val(scalar)) => scalar.value(register),
-            _ => register as i64,
-        }
-    }
-
-    /// Appends bytes to the image at a multiple of `align` and gives their offset.
-    pub fn append(&mut self, bytes: &[u8], align: u32) -> u32 {
-        let at = self.image.len().next_multiple_of(align as usize);
-        self.image.resize(at, 0);
-        self.image.extend_from_slice(bytes);
-        at as u32
-    }
-
-    /// Reads guest memory straight into the image; `None` and no change on a fault.
-    fn append_from(&mut self, addr: u64, len: u64, align: u32) -> Option<u32> {
-        let before = self.image.len();
-        let at = before.next_multiple_of(align as usize);
-        if len > SLOT_DATA_LEN as u64 {
-            return None;
-        }
-        self.image.resize(at + len as usize, 0);
-        if self.mem.read(addr, &mut self.image[at..]).is_err() {
-            self.image.truncate(before);
-            return None;
-        }
-        Some(at as u32)
-    }
-
-    /// Reserves room behind the image.
-    pub fn reserve(&mut self, len: u64, align: u32) -> Result<u32, GatherError> {
-        let at = self.out_space.next_multiple_of(align);
-        if u64::from(at) + len > SLOT_DATA_LEN as u64 {
-            return Err(GatherError::GoHome(HomeReason::TooBig));
-        }
-        self.out_align = self.out_align.max(align);
-        self.out_space = at + len as u32;
-        Ok(OUT_ZONE | at)
-    }
-
-    /// Lets a place point to a block, or, for a bad pointer, to the hole.
-    pub fn point(&mut self, place: Place, at: Option<u32>) {
-        let target = at.map_or(Target::Hole, Target::Data);
-        if let Place::Arg(index) = place {
-            self.args[usize::from(index)] = 0;
-        }
-        self.relocs.push(Reloc { place, target });
-    }
-
-    /// Adds an out range; its destinations follow with [`Builder::dest`].
-    pub fn out(&mut self, offset: u32, len: u64, when: OutWhen, actual: OutLen) {
-        self.outs.push(Out {
-            offset,
-            len: len as u32,
-            when,
-            actual,
-        });
-    }
-
-    /// Adds a destination of the newest out range.
-    pub fn dest(&mut self, addr: u64, len: u64, quiet: bool) {
-        self.dests.push(Dest {
-            out: (self.outs.len() - 1) as u32,
-            addr,
-            len: len as u32,
-            quiet,
-        });
-    }
-
-    /// Changes eight bytes of the image.
-    pub fn patch(&mut self, at: u32, bytes: &[u8]) {
-        self.image[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
-    }
-
-    fn cap_word(&mut self, at: u32, max: u32) {
-        let at = at as usize;
-        if let Some(word) = self.image.get_mut(at..at + 4)
-            && i32::from_le_bytes([word[0], word[1], word[2], word[3]]) > max as i32
-        {
-            word.copy_from_slice(&max.to_le_bytes());
-        }
-    }
-
-    /// Bytes used so far.
-    pub fn used(&self) -> usize {
-        self.image.len() + self.out_space as usize
-    }
-
-    /// The state to come back to if something turns out not to fit.
-    pub fn mark(&self) -> Mark {
-        Mark {
-            image: self.image.len(),
-            out_space: self.out_space,
-            relocs: self.relocs.len(),
-            outs: self.outs.len(),
-            dests: self.dests.len(),
-        }
-    }
-
-    /// Forgets what was added since `mark`.
-    pub fn rewind(&mut self, mark: Mark) {
-        self.image.truncate(mark.image);
-        self.out_space = mark.out_space;
-        self.relocs.truncate(mark.relocs);
-        self.outs.truncate(mark.outs);
-        self.dests.truncate(mark.dests);
     }
 
     fn extent(&mut self, size: Size, addr: u64) -> Extent {
@@ -502,6 +334,9 @@ impl Builder<'_> {
         };
         self.at[index] = Some(at);
         self.point(place, Some(at));
+        if buf.timeout && self.image[at as usize..].iter().all(|&byte| byte == 0) {
+            self.call.blocking = Blocking::Never;
+        }
         if let Size::Word(word, max) = buf.size
             && let Some(word) = self.at[usize::from(word)]
         {
@@ -569,121 +404,6 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// The bodies of an `iovec` and the array itself; gives the array's offset, `None` for the hole.
-    pub fn iovec(&mut self, addr: u64, count: u64, dir: Dir) -> Result<Option<u32>, GatherError> {
-        if count > MAX_IOV {
-            return Ok(None);
-        }
-        let own;
-        let segments = match self.part {
-            Some(part) => part,
-            None => {
-                let Some(read) = read_segments(self.mem, addr, count) else {
-                    return Ok(None);
-                };
-                own = read;
-                &own[..]
-            }
-        };
-        let mut total = 0u64;
-        for segment in segments {
-            if segment.len > i64::MAX as u64
-                || segment.addr.checked_add(segment.len).is_none_or(|e| e > USER_END)
-            {
-                // Refused as a whole, by the check of lengths and addresses that comes before any transfer.
-                return Ok(Some(self.refused_iovec(segments)));
-            }
-            total = (total + segment.len).min(MAX_RW_COUNT);
-        }
-        if total > BODY_MAX as u64 {
-            return Err(GatherError::TooBig(Box::new(Transfer::new(
-                self.nr, self.given, self.mem,
-            )?)));
-        }
-        let bodies = self.bodies(
-            segments,
-            total,
-            dir,
-            OutWhen::Success,
-            OutLen::Ret { scale: 1, plus: 0 },
-        )?;
-        Ok(Some(self.iovec_array(segments, bodies)))
-    }
-
-    /// Copies or reserves the bodies, one behind the other; `None` if the first byte cannot be accessed.
-    pub fn bodies(
-        &mut self,
-        segments: &[Segment],
-        total: u64,
-        dir: Dir,
-        when: OutWhen,
-        actual: OutLen,
-    ) -> Result<Option<u32>, GatherError> {
-        let filled = || segments.iter().filter(|s| s.len > 0);
-        let Some(first) = filled().next() else {
-            return Ok(Some(0));
-        };
-        let partial = |accessible: bool, index: usize| {
-            if index > 0 || accessible {
-                Err(GatherError::GoHome(HomeReason::PartialBuffer))
-            } else {
-                Ok(None)
-            }
-        };
-        let align = body_align(first.addr, first.len);
-        if dir == Dir::In {
-            let mut start = None;
-            for (index, segment) in filled().enumerate() {
-                let align = if index == 0 { align } else { 1 };
-                match self.append_from(segment.addr, segment.len, align) {
-                    Some(at) => start = start.or(Some(at)),
-                    None => return partial(self.mem.readable(segment.addr, 1), index),
-                }
-            }
-            return Ok(start);
-        }
-        for (index, segment) in filled().enumerate() {
-            if !self.mem.writable(segment.addr, segment.len) {
-                return partial(self.mem.writable(segment.addr, 1), index);
-            }
-        }
-        let at = self.reserve(total, align)?;
-        self.out(at, total, when, actual);
-        for segment in filled() {
-            self.dest(segment.addr, segment.len, false);
-        }
-        Ok(Some(at))
-    }
-
-    /// An array of `iovec` whose bodies lie one behind the other.
-    pub fn iovec_array(&mut self, segments: &[Segment], bodies: Option<u32>) -> u32 {
-        let array = self.append(&vec![0; segments.len() * 16], 8);
-        let mut at = bodies;
-        for (index, segment) in segments.iter().enumerate() {
-            let entry = array + 16 * index as u32;
-            self.point(Place::Image(entry), if segment.len == 0 { Some(0) } else { at });
-            self.patch(entry + 8, &segment.len.to_le_bytes());
-            at = at.map(|at| at + segment.len as u32);
-        }
-        array
-    }
-
-    /// An array of `iovec` with the guest's lengths that the kernel will refuse as it would have natively.
-    fn refused_iovec(&mut self, segments: &[Segment]) -> u32 {
-        let array = self.append(&vec![0; segments.len() * 16], 8);
-        for (index, segment) in segments.iter().enumerate() {
-            let entry = array + 16 * index as u32;
-            let fits = segment
-                .addr
-                .checked_add(segment.len)
-                .is_some_and(|end| end <= USER_END);
-            let base = if fits { 0 } else { USER_END };
-            self.patch(entry, &base.to_le_bytes());
-            self.patch(entry + 8, &segment.len.to_le_bytes());
-        }
-        array
-    }
-
     fn mask_pair(&mut self, index: usize, addr: u64) {
         let place = Place::Arg(index as u8);
         let (Ok(mask), Ok(size)) = (self.mem.read_u64(addr), self.mem.read_u64(addr.wrapping_add(8))) else {
@@ -745,77 +465,6 @@ impl Builder<'_> {
         self.out(at, len, OutWhen::Success, OutLen::Word32 { at: conf });
         self.dest(list, len, false);
     }
-
-    /// Reads a block that is not an argument by itself into the image.
-    pub fn inner(&mut self, addr: u64, len: u64) -> Option<u32> {
-        self.append_from(addr, len, 8)
-    }
-
-    fn finish(mut self) -> Result<Gathered, GatherError> {
-        let base = if self.out_space == 0 {
-            self.image.len()
-        } else {
-            self.image.len().next_multiple_of(self.out_align as usize)
-        };
-        let space = base + self.out_space as usize;
-        if space > SLOT_DATA_LEN {
-            return Err(GatherError::GoHome(HomeReason::TooBig));
-        }
-        let settle = |at: &mut u32| {
-            if *at & OUT_ZONE != 0 {
-                *at = (*at & !OUT_ZONE) + base as u32;
-            }
-        };
-        for reloc in &mut self.relocs {
-            if let Target::Data(at) = &mut reloc.target {
-                settle(at);
-            }
-        }
-        for out in &mut self.outs {
-            settle(&mut out.offset);
-            if let OutLen::Word32 { at } | OutLen::Word64 { at } = &mut out.actual {
-                settle(at);
-            }
-        }
-        let request = CallRequest {
-            nr: self.nr,
-            blocking: self.call.blocking,
-            args: self.args,
-            image: self.image,
-            space: space as u32,
-            relocs: self.relocs,
-            outs: self.outs,
-        };
-        Ok(Gathered {
-            request,
-            temp_mask: self.temp_mask,
-            dests: self.dests,
-        })
-    }
-}
-
-/// See [`Builder::mark`].
-pub(super) struct Mark {
-    image: usize,
-    out_space: u32,
-    relocs: usize,
-    outs: usize,
-    dests: usize,
-}
-
-/// Reads an array of at most [`MAX_IOV`] `iovec`s.
-pub(super) fn read_segments(mem: &dyn GuestMemory, addr: u64, count: u64) -> Option<Vec<Segment>> {
-    let mut bytes = vec![0; count.min(MAX_IOV) as usize * 16];
-    mem.read(addr, &mut bytes).ok()?;
-    let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
-    Some(
-        (0..bytes.len() / 16)
-            .map(|i| Segment {
-                addr: word(16 * i),
-                len: word(16 * i + 8),
-            })
-            .collect(),
-    )
 }
 
 /// Numbers of calls that are named here.

@@ -4,6 +4,7 @@
 //! memory behind them is copied and how much of it, where the call runs, and how long it may take. The filter, the
 //! marshaller, the log, the document and the coverage test read the same row.
 
+pub use super::home::HomeReason;
 use super::sub::SubTable;
 
 /// Where a call runs.
@@ -57,124 +58,6 @@ pub enum SplitKind {
     TempMask,
     /// CPU affinity of a thread named by its id: here when it is one of this node's guests, otherwise home.
     Affinity,
-}
-
-/// Why a call makes the process go home.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[repr(u8)]
-pub enum HomeReason {
-    /// The table has no row for the number.
-    UnknownCall = 1,
-    /// The sub-table of the call has no row for the command.
-    UnknownCommand = 2,
-    /// io_uring shares memory with the kernel.
-    IoUring = 3,
-    /// Linux AIO writes to memory after the call has returned.
-    Aio = 4,
-    /// Traces or inspects another process.
-    OtherProcess = 5,
-    /// System V shared memory is mapped into the process.
-    SharedMemory = 6,
-    /// The kernel asks the process about its page faults.
-    UserFault = 7,
-    /// Performance counters map memory and count the process itself.
-    Perf = 8,
-    /// Loads or uses BPF.
-    Bpf = 9,
-    /// Changes the namespaces that the process is in.
-    Namespace = 10,
-    /// Changes the mounts, or reads them through a new interface.
-    Mount = 11,
-    /// Installs a filter that would hit the vessel as well.
-    Confinement = 12,
-    /// Uses the kernel's keyring.
-    Keys = 13,
-    /// Administers the machine.
-    Administration = 14,
-    /// State of the CPU or of the architecture that does not move.
-    Hardware = 15,
-    /// Memory is locked as a whole, or kept from everybody.
-    LockedMemory = 16,
-    /// The kernel keeps using the caller's pages after the call has returned.
-    ZeroCopy = 17,
-    /// Signals are read as data from a descriptor.
-    SignalFd = 18,
-    /// A call that Linux has removed or never finished.
-    Obsolete = 19,
-    /// The arguments do not fit into a message and cannot be split.
-    TooBig = 20,
-    /// A buffer of which only a part is accessible: the kernel at home must see it as it is.
-    PartialBuffer = 21,
-    /// A data structure with pointers inside that the table does not describe.
-    Opaque = 22,
-    /// A personality that changes how memory is mapped.
-    Personality = 23,
-}
-
-impl HomeReason {
-    /// Every reason, in the order of their numbers.
-    pub const ALL: [HomeReason; 23] = {
-        use HomeReason::*;
-        [
-            UnknownCall,
-            UnknownCommand,
-            IoUring,
-            Aio,
-            OtherProcess,
-            SharedMemory,
-            UserFault,
-            Perf,
-            Bpf,
-            Namespace,
-            Mount,
-            Confinement,
-            Keys,
-            Administration,
-            Hardware,
-            LockedMemory,
-            ZeroCopy,
-            SignalFd,
-            Obsolete,
-            TooBig,
-            PartialBuffer,
-            Opaque,
-            Personality,
-        ]
-    };
-
-    /// The reason with this number, as it travels.
-    pub fn from_number(number: u8) -> Option<HomeReason> {
-        Self::ALL.get(usize::from(number).checked_sub(1)?).copied()
-    }
-
-    /// The reason in a few words, for users.
-    pub fn text(self) -> &'static str {
-        match self {
-            HomeReason::UnknownCall => "unknown system call",
-            HomeReason::UnknownCommand => "unknown command of a system call",
-            HomeReason::IoUring => "io_uring",
-            HomeReason::Aio => "asynchronous I/O",
-            HomeReason::OtherProcess => "works on another process",
-            HomeReason::SharedMemory => "shared memory",
-            HomeReason::UserFault => "userfaultfd",
-            HomeReason::Perf => "performance counters",
-            HomeReason::Bpf => "BPF",
-            HomeReason::Namespace => "namespaces",
-            HomeReason::Mount => "mounts",
-            HomeReason::Confinement => "confines itself",
-            HomeReason::Keys => "kernel keyring",
-            HomeReason::Administration => "administers the machine",
-            HomeReason::Hardware => "CPU state that does not move",
-            HomeReason::LockedMemory => "locked memory",
-            HomeReason::ZeroCopy => "zero-copy transfer",
-            HomeReason::SignalFd => "signalfd",
-            HomeReason::Obsolete => "obsolete system call",
-            HomeReason::TooBig => "arguments too big to send",
-            HomeReason::PartialBuffer => "buffer only partly accessible",
-            HomeReason::Opaque => "data with pointers inside",
-            HomeReason::Personality => "personality",
-        }
-    }
 }
 
 /// How long a call may take at home, which decides how the deputy waits for it.
@@ -390,7 +273,8 @@ pub enum Scalar {
     Signal,
     /// A clock.
     Clock,
-    /// An address in the guest that the home kernel does not follow.
+    /// An address in the guest that must not reach the home kernel: [`super::gather`] refuses the call. Only calls that
+    /// are never forwarded have such arguments, and those whose handler composes the forwarded half itself.
     Addr,
 }
 
@@ -496,6 +380,8 @@ pub struct Buf {
     pub early: bool,
     /// The kernel does not mind if the result finds no place.
     pub quiet: bool,
+    /// How long the call may wait: all zero, it does not wait at all.
+    pub timeout: bool,
 }
 
 /// A block that the kernel reads.
@@ -507,6 +393,7 @@ pub const fn inp(size: Size) -> Kind {
         actual: Actual::Whole,
         early: false,
         quiet: false,
+        timeout: false,
     })
 }
 
@@ -524,6 +411,7 @@ pub const fn out(size: Size) -> Kind {
         actual,
         early: false,
         quiet: false,
+        timeout: false,
     })
 }
 
@@ -541,6 +429,7 @@ pub const fn inout(size: Size) -> Kind {
         actual,
         early: false,
         quiet: false,
+        timeout: false,
     })
 }
 
@@ -552,7 +441,8 @@ impl Kind {
                     0 => buf.when = change.when,
                     1 => buf.actual = change.actual,
                     2 => buf.early = true,
-                    _ => buf.quiet = true,
+                    3 => buf.quiet = true,
+                    _ => buf.timeout = true,
                 }
                 Kind::Buf(buf)
             }
@@ -567,6 +457,7 @@ impl Kind {
         actual: Actual::Whole,
         early: false,
         quiet: false,
+        timeout: false,
     };
 
     /// Written whatever the result is.
@@ -621,5 +512,10 @@ impl Kind {
     /// A failure to write it is not an error.
     pub const fn quiet(self) -> Kind {
         self.with(Kind::PLAIN, 3)
+    }
+
+    /// How long the call may wait.
+    pub const fn timeout(self) -> Kind {
+        self.with(Kind::PLAIN, 4)
     }
 }

@@ -2,12 +2,12 @@
 //!
 //! Descriptors in control data (`SCM_RIGHTS`) need no translation: they are descriptors of the vessel on both ends.
 
-use super::gather::{
-    BODY_MAX, Builder, GatherError, MAX_IOV, MAX_RW_COUNT, Pointer, Segment, pointer, read_segments,
-};
+use super::builder::{Builder, Pointer, pointer};
+use super::gather::{BODY_MAX, GatherError};
 use super::kind::{Dir, HomeReason};
 use super::request::{OutLen, OutWhen, Place};
 use super::transfer::Transfer;
+use super::vector::{MAX_IOV, MAX_RW_COUNT, Segment, read_segments};
 use crate::memory::USER_END;
 
 const MSGHDR_LEN: u64 = 56;

@@ -9,7 +9,9 @@
 //! A pointer that the guest could not follow itself is replaced by one that the vessel cannot follow either, so that
 //! the home kernel decides which error comes first. What cannot be copied exactly makes the process go home.
 
+mod builder;
 mod gather;
+mod home;
 mod kind;
 mod message;
 mod print;
@@ -17,6 +19,7 @@ mod request;
 pub mod sub;
 mod table;
 mod transfer;
+mod vector;
 
 pub use gather::{BODY_MAX, GatherError, Gathered, gather};
 pub use kind::{

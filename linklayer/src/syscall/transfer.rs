@@ -5,12 +5,10 @@
 //! is one whole, so that a process that sends one that does not fit goes home. What has been transferred when
 //! something stops the rest is the result, as the kernel would have it.
 
-use super::gather::{
-    BODY_MAX, GatherError, Gathered, MAX_IOV, MAX_RW_COUNT, Segment, gather_part, libc_nr as nr,
-    read_segments,
-};
+use super::gather::{BODY_MAX, GatherError, Gathered, gather_part, libc_nr as nr};
 use super::kind::{Blocking, Dir, HomeReason};
 use super::request::{CallRequest, Malformed, Out, OutLen, OutWhen, Place, Reloc, Reply, Target};
+use super::vector::{MAX_IOV, MAX_RW_COUNT, Segment, read_segments};
 use crate::memory::GuestMemory;
 
 const MSG_PEEK: u64 = 0x2;

@@ -94,6 +94,6 @@ define_rows! {
     427 io_uring_register(fd: FD, opcode: UINT, arg: ADDR, nr_args: UINT) GoHome(HomeReason::IoUring);
     436 close_range(first: UINT, last: UINT, flags: UINT) Forward, blocking: May;
     437 openat2(dirfd: FD, path: PATH, how: inp(Limit(3, 4096)), size: SIZE) OPEN, blocking: May, note: "As open.";
-    441 epoll_pwait2(epfd: FD, events: EVENTS, maxevents: INT, timeout: TIME_IN, sigmask: TempMask { size: 5 }, sigsetsize: SIZE) MASKED, blocking: Long;
+    441 epoll_pwait2(epfd: FD, events: EVENTS, maxevents: INT, timeout: TIME_IN.timeout(), sigmask: TempMask { size: 5 }, sigsetsize: SIZE) MASKED, blocking: Long;
     451 cachestat(fd: FD, range: inp(Fixed(16)), cstat: out(Fixed(40)), flags: UINT) Forward;
 }

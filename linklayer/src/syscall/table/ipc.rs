@@ -18,7 +18,7 @@ define_rows! {
     70 msgrcv(msqid: INT, msgp: out(Plus(2, 8)).ret_plus(8).early(), msgsz: SIZE, msgtyp: LONG, msgflg: INT) Forward,
         blocking: Long, quick: &[has(4, NOWAIT)];
     71 msgctl(msqid: INT, cmd: INT, buf: Sub(SubTable::Msgctl)) Forward, note: "By command: see below.";
-    220 semtimedop(semid: INT, sops: inp(Count(2, 6)), nsops: UINT, timeout: TIME_IN) Forward, blocking: Long;
+    220 semtimedop(semid: INT, sops: inp(Count(2, 6)), nsops: UINT, timeout: TIME_IN.timeout()) Forward, blocking: Long;
     240 mq_open(name: PATH, oflag: INT, mode: MODE, attr: inp(Fixed(64))) Forward;
     241 mq_unlink(name: PATH) Forward;
     242 mq_timedsend(mqdes: FD, msg: inp(Arg(2)), len: SIZE, prio: UINT, timeout: TIME_IN) Forward, blocking: Long;
