@@ -175,13 +175,14 @@ impl Default for Options {
 }
 
 impl Options {
-    /// For pages and file contents: windows for a fast network, no priority over calls.
+    /// For pages and file contents: a longer queue and larger buffers, no priority over calls. Windows are a few
+    /// milliseconds of a fast network: what is in them is what a call beside it may have to wait for.
     pub fn bulk() -> Self {
         Self {
             queue_bytes: 32 << 20,
-            stream_window_bytes: 6 << 20,
-            window_bytes: 6 << 20,
-            send_window_bytes: 8 << 20,
+            stream_window_bytes: 2 << 20,
+            window_bytes: 2 << 20,
+            send_window_bytes: 4 << 20,
             socket_buffer_bytes: 16 << 20,
             priority: None,
             thread_name: "bulk".to_owned(),

@@ -1,5 +1,6 @@
 //! Links over loopback sockets.
 
+mod hostile;
 mod relay;
 mod trouble;
 
@@ -118,6 +119,37 @@ fn calls_are_answered_in_both_directions() {
         echo(&both.b, u32::from(n % 3), &[n; 10]);
     }
     assert_eq!(both.a.stats().reconnects, 0);
+}
+
+#[test]
+fn links_stand_on_ipv6_and_on_wildcards() {
+    for bind in ["[::1]:0", "0.0.0.0:0", "[::]:0"] {
+        let (key_a, key_b) = (OneTimeKey::generate().unwrap(), OneTimeKey::generate().unwrap());
+        let listener = LinkListener::bind(bind.parse().unwrap(), key_b.clone()).unwrap();
+        let mut address = listener.local_addr();
+        if address.ip().is_unspecified() {
+            address.set_ip(Ipv4Addr::LOCALHOST.into());
+        }
+        let fingerprint = key_a.fingerprint();
+        let accepted = thread::spawn(move || {
+            listener
+                .accept(fingerprint, Peer::new().0, PATIENCE, Options::default())
+                .unwrap()
+        });
+        let a = Link::connect(
+            address,
+            &key_a,
+            key_b.fingerprint(),
+            Peer::new().0,
+            Options::default(),
+        )
+        .unwrap();
+        let b = accepted.join().unwrap();
+        for _ in 0..20 {
+            echo(&a, 0, b"there");
+            echo(&b, 0, b"back");
+        }
+    }
 }
 
 #[test]
