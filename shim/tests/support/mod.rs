@@ -122,17 +122,17 @@ impl Tracee {
             ..before
         };
         stopped.set_regs(&regs).unwrap();
-        stopped.cont(0).unwrap();
-        let mut stopped = loop {
-            let stopped = ptrace::wait_stop(self.pid).unwrap();
+        // Entry, then exit.
+        let mut left = 2;
+        while left > 0 {
+            stopped.syscall(0).unwrap();
+            stopped = ptrace::wait_stop(self.pid).unwrap();
             match stopped.stop() {
-                Stop::Signal(libc::SIGTRAP) => break stopped,
-                other => {
-                    assert!(!matches!(other, Stop::Signal(_)), "{other:?}");
-                    stopped.cont(0).unwrap();
-                }
+                Stop::Syscall => left -= 1,
+                Stop::Interrupt | Stop::Seccomp(_) => {}
+                other => panic!("{other:?}"),
             }
-        };
+        }
         let ret = stopped.regs().unwrap().rax as i64;
         stopped.set_regs(&before).unwrap();
         self.stopped = Some(stopped);
@@ -199,5 +199,98 @@ impl Tracee {
                 _ => return,
             }
         }
+    }
+}
+
+std::arch::global_asm!(
+    ".pushsection .rodata.test_script, \"a\", @progbits",
+    "test_script_start:",
+    "mov rbx, rdi",
+    "1:",
+    "mov rax, [rbx]",
+    "cmp rax, -1",
+    "je 3f",
+    "mov rdi, [rbx + 8]",
+    "mov rsi, [rbx + 16]",
+    "mov rdx, [rbx + 24]",
+    "mov r10, [rbx + 32]",
+    "mov r8, [rbx + 40]",
+    "mov r9, [rbx + 48]",
+    "cmp rax, -2",
+    "je 2f",
+    "syscall",
+    "mov [rbx + 56], rax",
+    "add rbx, 64",
+    "jmp 1b",
+    "2:", // getpid of the 32-bit kind
+    "mov eax, 20",
+    "int 0x80",
+    "mov [rbx + 56], rax",
+    "add rbx, 64",
+    "jmp 1b",
+    "3:",
+    "int3",
+    "test_script_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static test_script_start: u8;
+    static test_script_end: u8;
+}
+
+/// Number in a script for getpid by `int 0x80`.
+pub const INT_80: i64 = -2;
+
+/// A guest that makes a list of system calls and stops with SIGTRAP at the end.
+pub struct Script {
+    /// where its memory begins: code, then the list from the second page on, then two pages of data
+    pub base: u64,
+    len: usize,
+}
+
+impl Script {
+    /// Places a script in a stopped blank guest.
+    pub fn place(guest: &mut Tracee, calls: &[(i64, [u64; 6])]) -> Script {
+        let base = guest.map(4 * 4096);
+        let mut script = Script { base, len: 0 };
+        script.write(guest, calls);
+        script
+    }
+
+    /// Address of the data.
+    pub fn data(&self) -> u64 {
+        self.base + 2 * 4096
+    }
+
+    /// Writes another list.
+    pub fn write(&mut self, guest: &Tracee, calls: &[(i64, [u64; 6])]) {
+        assert!(calls.len() < 64);
+        let (start, end) = (&raw const test_script_start, &raw const test_script_end);
+        // SAFETY: the symbols bound the code above.
+        let code = unsafe { std::slice::from_raw_parts(start, end.addr() - start.addr()) };
+        guest.put(self.base, code);
+        let mut words = Vec::new();
+        for (nr, args) in calls {
+            words.push(*nr as u64);
+            words.extend(args);
+            words.push(0xdead);
+        }
+        words.push(u64::MAX);
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        guest.put(self.base + 4096, &bytes);
+        self.len = calls.len();
+    }
+
+    /// Starts it.
+    pub fn start(&self, guest: &mut Tracee) {
+        guest.run(self.base, self.base + 4096);
+    }
+
+    /// Results of the calls as `memory` has them.
+    pub fn results(&self, memory: &ProcessMemory) -> Vec<i64> {
+        (0..self.len as u64)
+            .map(|i| memory.read_u64(self.base + 4096 + i * 64 + 56).unwrap() as i64)
+            .collect()
     }
 }
