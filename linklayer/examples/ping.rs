@@ -1,7 +1,7 @@
 //! Round trips and throughput of a link over loopback, beside raw UDP and raw TCP in the same run.
 //!
-//! `cargo run -p linklayer --example ping [-- same|cross|both]`: both ends on one core (the pure path of the CPU), or
-//! on one core each (wake-ups included). Interleaved rounds; medians. A second argument `calls` leaves out the rest.
+//! `cargo run -p linklayer --example ping [-- free|same|cross]`: where the kernel puts them, both ends on one core
+//! (the pure path of the CPU), or on one core each (wake-ups included). Interleaved rounds; medians. A second argument `calls` leaves out the rest.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -71,7 +71,7 @@ fn pair(options: &Options, server_core: usize) -> (Link, Link, Arc<Echo>) {
     (a, accepted.join().unwrap(), echo)
 }
 
-fn round_trips(server_core: usize) {
+fn round_trips(server_core: usize, spin: Duration) {
     let server = UdpSocket::bind(LOCAL).unwrap();
     let client = UdpSocket::bind(LOCAL).unwrap();
     client.connect(server.local_addr().unwrap()).unwrap();
@@ -85,7 +85,13 @@ fn round_trips(server_core: usize) {
             }
         }
     });
-    let (a, _b, _) = pair(&Options::default(), server_core);
+    let (a, _b, _) = pair(
+        &Options {
+            spin,
+            ..Options::default()
+        },
+        server_core,
+    );
     let body = [7; BODY];
     let mut buffer = [0; 2000];
     let (mut udp, mut link, mut block) = (Vec::new(), Vec::new(), Vec::new());
@@ -180,14 +186,20 @@ fn tcp(server_core: usize) -> f64 {
 }
 
 fn main() {
-    let which = std::env::args().nth(1).unwrap_or_else(|| "both".to_owned());
-    for (name, server_core) in [("same", 0), ("cross", 1)] {
-        if which != "both" && which != name {
+    let which = std::env::args().nth(1).unwrap_or_else(|| "all".to_owned());
+    for (name, server_core) in [("free", usize::MAX), ("same", 0), ("cross", 1)] {
+        if which != "all" && which != name {
             continue;
         }
-        println!("{name} core:");
-        pin(0);
-        round_trips(server_core);
+        println!("{name}:");
+        if name != "free" {
+            pin(0);
+        }
+        round_trips(server_core, Duration::ZERO);
+        if name == "free" {
+            println!(" allowed to spin:");
+            round_trips(server_core, Options::default().spin);
+        }
         if std::env::args().nth(2).is_some() {
             continue;
         }

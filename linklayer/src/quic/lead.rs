@@ -30,6 +30,7 @@ use super::conn::Via;
 use super::core::{Core, Notice, Request};
 use super::link::{Handler, Link};
 use super::socket::{RECEIVE_BYTES, Sock, TICK};
+use super::spin::Spin;
 use super::{LinkError, Options};
 use crate::frame::Header;
 
@@ -99,6 +100,7 @@ pub(super) struct State {
     pub(super) lost: Option<LinkError>,
     pub(super) receive: Option<Box<[u8]>>,
     pub(super) transmit: Vec<u8>,
+    spin: Spin,
 }
 
 thread_local! {
@@ -181,7 +183,12 @@ impl Link {
             Some(main) if in_kernel && state.core.is_live() && next > now + SOON => {
                 let main = Arc::clone(main);
                 state.leader = Leader::Busy(me);
-                self.shared.receive(state, Via::Main, &main)
+                let spin = state.spin.allowance(now);
+                let came = self.shared.receive(state, Via::Main, &main, spin);
+                if !spin.is_zero() {
+                    state.spin.outcome(came && now.elapsed() < spin);
+                }
+                came
             }
             _ => match self.shared.poll(state, me, next) {
                 Some(came) => came,
@@ -361,12 +368,12 @@ impl Shared {
     }
 
     /// Receives from `sock` without the lock.
-    fn receive(&self, state: &mut MutexGuard<'_, State>, via: Via, sock: &Sock) -> bool {
+    fn receive(&self, state: &mut MutexGuard<'_, State>, via: Via, sock: &Sock, spin: Duration) -> bool {
         let mut buffer = state
             .receive
             .take()
             .unwrap_or_else(|| vec![0; RECEIVE_BYTES].into());
-        let outcome = MutexGuard::unlocked(state, || sock.receive(&mut buffer));
+        let outcome = MutexGuard::unlocked(state, || sock.receive(&mut buffer, spin));
         let now = Instant::now();
         let came = match outcome {
             Ok(meta) => {
@@ -428,9 +435,9 @@ impl Shared {
         state.leader = Leader::Busy(me);
         let mut came = false;
         for (via, sock) in ready {
-            came |= self.receive(state, via, &sock);
+            came |= self.receive(state, via, &sock, Duration::ZERO);
             for _ in 1..BATCHES {
-                if !readable(&sock) || !self.receive(state, via, &sock) {
+                if !readable(&sock) || !self.receive(state, via, &sock, Duration::ZERO) {
                     break;
                 }
             }
@@ -472,6 +479,7 @@ impl Shared {
 impl State {
     pub(super) fn new(core: Core, side: Sock, options: Options) -> Self {
         let now = Instant::now();
+        let spin = Spin::new(options.spin);
         Self {
             core,
             main: None,
@@ -488,6 +496,7 @@ impl State {
             lost: None,
             receive: Some(vec![0; RECEIVE_BYTES].into()),
             transmit: Vec::new(),
+            spin,
         }
     }
 

@@ -9,7 +9,7 @@
 //! wait to be woken (*followers*). When nobody waits, a thread of the link's own receives and keeps the timers.
 //!
 //! - `keys`: one-time keys, pinning.
-//! - `socket`: the UDP sockets.
+//! - `socket`: the UDP sockets; `spin`: when waiting on the CPU pays.
 //! - `conn`: one QUIC connection and its streams; `control`: what links tell each other.
 //! - `core`: all the connections of a link, its session and its timers, without I/O; `transport`: how QUIC is set up.
 //! - `lead`: threads; `link`, `listen`: what users see.
@@ -22,6 +22,7 @@ mod lead;
 mod link;
 mod listen;
 mod socket;
+mod spin;
 mod transport;
 
 use std::io;
@@ -150,6 +151,9 @@ pub struct Options {
     pub segments: usize,
     /// `SO_PRIORITY` of the socket (socket(7)); 6 goes before bulk in the default queueing discipline.
     pub priority: Option<u32>,
+    /// How long a thread that waits for a reply, or the link's own thread under load, waits on the CPU before it
+    /// sleeps; only while the machine has cores to spare and it pays. Zero: never.
+    pub spin: Duration,
     /// Name of the link's thread (at most 15 bytes are shown).
     pub thread_name: String,
 }
@@ -169,6 +173,7 @@ impl Default for Options {
             mtu_bytes: 8952,
             segments: 40,
             priority: Some(6),
+            spin: Duration::from_micros(100),
             thread_name: "link".to_owned(),
         }
     }
@@ -185,6 +190,7 @@ impl Options {
             send_window_bytes: 4 << 20,
             socket_buffer_bytes: 16 << 20,
             priority: None,
+            spin: Duration::ZERO,
             thread_name: "bulk".to_owned(),
             ..Self::default()
         }

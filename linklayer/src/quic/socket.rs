@@ -3,7 +3,7 @@
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
@@ -137,8 +137,10 @@ impl Sock {
 
     /// Waits up to [`TICK`] for datagrams, which come `stride` bytes each, one after the other in `buffer`.
     ///
+    /// On a connected socket, the first `spin` of it are spent on the CPU.
+    ///
     /// `WouldBlock` when none came; `ConnectionRefused` when the kernel knows that nobody listens at the peer's address.
-    pub(super) fn receive(&self, buffer: &mut [u8]) -> io::Result<RecvMeta> {
+    pub(super) fn receive(&self, buffer: &mut [u8], spin: Duration) -> io::Result<RecvMeta> {
         let Some(peer) = self.peer else {
             let mut meta = [RecvMeta::default()];
             self.state
@@ -147,14 +149,21 @@ impl Sock {
         };
         let mut space = nix::cmsg_space!(i32);
         let mut parts = [IoSliceMut::new(buffer)];
+        let mut spinning = !spin.is_zero();
+        let begun = spinning.then(Instant::now);
         let message = loop {
-            match recvmsg::<()>(
-                self.socket.as_raw_fd(),
-                &mut parts,
-                Some(&mut space),
-                MsgFlags::empty(),
-            ) {
+            let flags = if spinning {
+                MsgFlags::MSG_DONTWAIT
+            } else {
+                MsgFlags::empty()
+            };
+            match recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, Some(&mut space), flags) {
                 Ok(message) => break message,
+                Err(Errno::EAGAIN) if spinning => {
+                    // Whoever else wants this core goes first: it may be the one that is waited for.
+                    std::thread::yield_now();
+                    spinning = begun.is_some_and(|begun| begun.elapsed() < spin);
+                }
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }

@@ -352,3 +352,28 @@ fn a_call_from_inside_the_handler_is_refused() {
     a.send(0, Header::new(NOTE, 0, 1), &[]).unwrap();
     assert!(refused.recv_timeout(PATIENCE).unwrap());
 }
+
+#[test]
+fn nothing_is_left_of_a_link_that_was_dropped() {
+    // Other tests of this process may hold some of their own for a moment; what these links leave would stay.
+    let threads = || {
+        let names = std::fs::read_dir("/proc/self/task").unwrap();
+        names
+            .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
+            .filter(|name| name.trim() == "shortlived")
+            .count()
+    };
+    for _ in 0..5 {
+        let both = both(Options {
+            thread_name: "shortlived".to_owned(),
+            ..Options::default()
+        });
+        echo(&both.a, 0, b"hello");
+        assert!(threads() > 0);
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while threads() > 0 {
+        assert!(Instant::now() < deadline, "the threads of dropped links go on");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
