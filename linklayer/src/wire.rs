@@ -201,16 +201,8 @@ pub struct CloneReply {
 /// An execve(2)/execveat(2).
 #[derive(Clone, Debug, Encode, Decode)]
 pub struct Exec {
-    /// Directory descriptor (`AT_FDCWD` for execve).
-    pub dirfd: i32,
-    /// execveat flags.
-    pub flags: i32,
-    /// Path without its NUL.
-    pub path: Vec<u8>,
-    /// `None` for a NULL vector.
-    pub argv: Option<Vec<Vec<u8>>>,
-    /// `None` for a NULL vector.
-    pub envp: Option<Vec<Vec<u8>>>,
+    /// The call, as [`crate::syscall::CallRequest::encode`] gives it.
+    pub call: Vec<u8>,
     /// The caller's signal mask, which survives an exec.
     pub sigmask: u64,
     /// Signals pending for the caller or its process (bit n-1 for signal n), which survive an exec.

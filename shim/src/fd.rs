@@ -4,18 +4,26 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-/// A duplicate of descriptor `fd` of process `pid` (pidfd_open(2), pidfd_getfd(2)); needs ptrace permission.
+/// A descriptor of a process (pidfd_open(2)); readable when it has ended.
 ///
 /// # Errors
-/// ESRCH: no such process; EBADF: no such descriptor there; EPERM.
-pub fn get_from(pid: i32, fd: i32) -> io::Result<OwnedFd> {
+/// ESRCH: no such process.
+pub fn of_process(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: no pointers.
     let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if pidfd < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the kernel just gave us this descriptor and nobody else knows it.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as i32) };
+    Ok(unsafe { OwnedFd::from_raw_fd(pidfd as i32) })
+}
+
+/// A duplicate of descriptor `fd` of process `pid` (pidfd_open(2), pidfd_getfd(2)); needs ptrace permission.
+///
+/// # Errors
+/// ESRCH: no such process; EBADF: no such descriptor there; EPERM.
+pub fn get_from(pid: i32, fd: i32) -> io::Result<OwnedFd> {
+    let pidfd = of_process(pid)?;
     // SAFETY: no pointers.
     let got = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
     if got < 0 {

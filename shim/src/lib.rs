@@ -1,19 +1,34 @@
 //! Everything that reaches into another process or the raw kernel ABI; the one crate with unsafe code.
 
-pub mod areas;
-pub mod arena;
 pub mod cage;
 pub mod capture;
-pub mod entry;
+
 pub mod fd;
 pub mod filter;
-pub mod inject;
 pub mod lab;
-pub mod limits;
 pub mod memory;
 pub mod notify;
 pub mod process;
 pub mod ptrace;
+pub mod remote_call;
+pub mod restore;
 pub mod signal;
 pub mod startup;
 pub mod vessel;
+
+#[cfg(test)]
+fn test_image() -> linklayer::image::ProcessImage {
+    linklayer::image::ProcessImage {
+        pid: 1,
+        areas: Vec::new(),
+        mm: Default::default(),
+        auxv: Vec::new(),
+        threads: Vec::new(),
+        actions: Vec::new(),
+        pending: Vec::new(),
+        rlimits: Vec::new(),
+        personality: 0,
+        dumpable: 1,
+        clocks: Default::default(),
+    }
+}

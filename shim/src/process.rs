@@ -118,3 +118,19 @@ pub fn set_limit(pid: i32, resource: u32, soft: u64, hard: u64) -> io::Result<()
     }
     Ok(())
 }
+
+/// A resource limit of another process (prlimit(2)): soft and hard.
+///
+/// # Errors
+/// EPERM, ESRCH.
+pub fn limit(pid: i32, resource: u32) -> io::Result<(u64, u64)> {
+    let mut old = libc::rlimit64 {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `old` is a valid place for the limit and no new one is given.
+    if unsafe { libc::prlimit64(pid, resource, std::ptr::null(), &mut old) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((old.rlim_cur, old.rlim_max))
+}

@@ -1,0 +1,418 @@
+//! Homecoming: a vessel becomes the process again.
+//!
+//! The vessel still has the layout with which its guest left. What the guest changed is found by comparing the two
+//! layouts piece by piece, and made by calls of a worker; then pages are written into it (by whoever receives them),
+//! and last each worker takes the state of its guest thread.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use linklayer::image::{Area, AreaFlags, AreaKind, PAGE, ProcessImage, SigInfo, ThreadImage};
+use nix::errno::Errno;
+
+use super::{ARENA_ADDRESS, ARENA_LEN, Slot, Vessel, VesselError};
+use crate::capture::{MapLine, map_lines, reserved, vdso_site};
+use crate::memory::ProcessMemory;
+use crate::ptrace::{self, Status, Stopped, Target};
+use crate::remote_call::{RemoteCallError, RemoteCalls};
+use crate::restore::{SCRATCH, TRAMPOLINE};
+
+/// A piece of the address space that has to change.
+#[derive(Debug, PartialEq, Eq)]
+enum Change<'a> {
+    Unmap(Range<u64>),
+    Map(Range<u64>, &'a Area),
+    Protect(Range<u64>, u8),
+}
+
+impl Vessel {
+    /// Makes the vessel's areas those of the image. `worker` is one of its idle workers; `file` gives the open file
+    /// behind a number.
+    ///
+    /// # Errors
+    /// A call that fails. The vessel then still executes calls, and the guest may go on.
+    pub fn adapt_layout(
+        &self,
+        image: &ProcessImage,
+        worker: &Slot,
+        file: &dyn Fn(u64) -> Option<Arc<File>>,
+    ) -> Result<(), VesselError> {
+        let lines: Vec<MapLine> = map_lines(self.pid, false)?
+            .into_iter()
+            .filter(|l| !reserved(&l.range) && !special(l))
+            .collect();
+        let call = |what, nr: i64, args| -> Result<u64, VesselError> {
+            worker.post(nr as u64, args);
+            match worker.wait(None) {
+                Some(ret) if !(-4095..0).contains(&ret) => Ok(ret as u64),
+                Some(ret) => Err(VesselError::Slot {
+                    what,
+                    errno: Errno::from_raw(-ret as i32),
+                }),
+                None => Err(VesselError::Slot {
+                    what,
+                    errno: Errno::ESRCH,
+                }),
+            }
+        };
+        for change in changes(&lines, image, file) {
+            match change {
+                Change::Unmap(r) => {
+                    call("munmap", libc::SYS_munmap, [r.start, r.end - r.start, 0, 0, 0, 0])?;
+                }
+                Change::Protect(r, prot) => {
+                    let args = [r.start, r.end - r.start, u64::from(prot), 0, 0, 0];
+                    call("mprotect", libc::SYS_mprotect, args)?;
+                }
+                Change::Map(r, area) => map(worker, &call, &r, area, file)?,
+            }
+        }
+        // The end of the heap, and nothing else (prctl(2), PR_SET_MM_MAP without an auxiliary vector).
+        let mm = &image.mm;
+        let words = [
+            mm.start_code,
+            mm.end_code,
+            mm.start_data,
+            mm.end_data,
+            mm.start_brk,
+            mm.brk,
+            mm.start_stack,
+            mm.arg_start,
+            mm.arg_end,
+            mm.env_start,
+            mm.env_end,
+            0,
+            u64::from(u32::MAX) << 32,
+        ];
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        worker.write(0, &bytes);
+        call(
+            "prctl(PR_SET_MM_MAP)",
+            libc::SYS_prctl,
+            [35, 14, worker.data_address(), 104, 0, 0],
+        )?;
+        Ok(())
+    }
+
+    /// Gives every worker the state of its guest thread and takes the stub and the arena out of the process. The threads
+    /// are given back stopped; resumed, they are the process.
+    ///
+    /// # Errors
+    /// A thread is gone: the process was killed.
+    pub fn resume(self, image: &ProcessImage) -> Result<Vec<Stopped>, VesselError> {
+        let site = vdso_site(self.pid)?;
+        let memory = ProcessMemory::new(self.pid);
+        let mut threads = Vec::new();
+        for (index, thread) in image.threads.iter().enumerate() {
+            let stopped = stop(thread.tid)?;
+            let mut calls = RemoteCalls::begin(stopped, TRAMPOLINE)?;
+            register(&mut calls, &memory, thread)?;
+            for info in &thread.pending {
+                requeue(&mut calls, &memory, self.pid, Some(thread.tid), info)?;
+            }
+            if index == 0 {
+                for info in &image.pending {
+                    requeue(&mut calls, &memory, self.pid, None, info)?;
+                }
+            }
+            threads.push((calls, thread));
+        }
+        end_catcher(self.catcher)?;
+        let mut running = Vec::new();
+        for (index, (mut calls, thread)) in threads.into_iter().enumerate() {
+            if index == 0 && !self.shares_memory {
+                calls.move_to(site);
+                calls.call("munmap", libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0])?;
+                calls.call(
+                    "munmap",
+                    libc::SYS_munmap,
+                    [ARENA_ADDRESS, ARENA_LEN as u64, 0, 0, 0, 0],
+                )?;
+            }
+            if !thread.xstate.is_empty() {
+                if let Some(stopped) = calls.stopped_mut() {
+                    stopped.set_xstate(&thread.xstate)?;
+                }
+            }
+            running.push(calls.end_with(&thread.regs, thread.sigmask)?);
+        }
+        Ok(running)
+    }
+}
+
+fn special(line: &MapLine) -> bool {
+    matches!(
+        line.path.as_slice(),
+        b"[vdso]" | b"[vvar]" | b"[vvar_vclock]" | b"[vsyscall]"
+    )
+}
+
+/// What has to change, in the order of addresses.
+fn changes<'a>(
+    lines: &[MapLine],
+    image: &'a ProcessImage,
+    file: &dyn Fn(u64) -> Option<Arc<File>>,
+) -> Vec<Change<'a>> {
+    let areas: Vec<&Area> = image.areas.iter().filter(|a| !a.is_kernel()).collect();
+    let mut edges = BTreeSet::new();
+    for line in lines {
+        edges.extend([line.range.start, line.range.end]);
+    }
+    for area in &areas {
+        edges.extend([area.start, area.end]);
+    }
+    let edges: Vec<u64> = edges.into_iter().collect();
+    let mut out: Vec<Change> = Vec::new();
+    for pair in edges.windows(2) {
+        let piece = pair[0]..pair[1];
+        let line = lines
+            .iter()
+            .find(|l| l.range.start <= piece.start && piece.start < l.range.end);
+        let area = areas
+            .iter()
+            .copied()
+            .find(|a| a.start <= piece.start && piece.start < a.end);
+        let change = match (line, area) {
+            (None, None) => continue,
+            (Some(_), None) => Change::Unmap(piece),
+            (None, Some(area)) => Change::Map(piece, area),
+            (Some(line), Some(area)) if !same(line, area, piece.start, file) => Change::Map(piece, area),
+            (Some(line), Some(area)) if line.prot != area.prot => Change::Protect(piece, area.prot.0),
+            _ => continue,
+        };
+        // Neighbours of one kind become one change.
+        match (out.last_mut(), change) {
+            (Some(Change::Unmap(last)), Change::Unmap(new)) if last.end == new.start => last.end = new.end,
+            (Some(Change::Map(last, a)), Change::Map(new, b))
+                if last.end == new.start && std::ptr::eq(*a, b) =>
+            {
+                last.end = new.end;
+            }
+            (Some(Change::Protect(last, a)), Change::Protect(new, b)) if last.end == new.start && *a == b => {
+                last.end = new.end;
+            }
+            (_, change) => out.push(change),
+        }
+    }
+    out
+}
+
+/// Whether a piece of the vessel is backed by what the guest's area is backed by.
+fn same(line: &MapLine, area: &Area, at: u64, file: &dyn Fn(u64) -> Option<Arc<File>>) -> bool {
+    if line.shared != area.shared() {
+        return false;
+    }
+    match area.kind {
+        AreaKind::Anon => line.ino == 0,
+        AreaKind::File { file_id, offset } => {
+            let Some(meta) = file(file_id).and_then(|f| f.metadata().ok()) else {
+                return false;
+            };
+            let here = line.offset + (at - line.range.start);
+            let there = offset + (at - area.start);
+            (meta.dev(), meta.ino()) == (line.dev, line.ino) && here == there
+        }
+        _ => false,
+    }
+}
+
+fn map(
+    worker: &Slot,
+    call: &dyn Fn(&'static str, i64, [u64; 6]) -> Result<u64, VesselError>,
+    range: &Range<u64>,
+    area: &Area,
+    file: &dyn Fn(u64) -> Option<Arc<File>>,
+) -> Result<(), VesselError> {
+    let mut flags = libc::MAP_FIXED;
+    flags |= if area.shared() {
+        libc::MAP_SHARED
+    } else {
+        libc::MAP_PRIVATE
+    };
+    if area.flags.has(AreaFlags::GROWSDOWN) {
+        flags |= libc::MAP_GROWSDOWN;
+    }
+    if area.flags.has(AreaFlags::NORESERVE) {
+        flags |= libc::MAP_NORESERVE;
+    }
+    let len = range.end - range.start;
+    let prot = u64::from(area.prot.0);
+    let args = |flags: i32, fd: u64, offset| [range.start, len, prot, flags as u64, fd, offset];
+    match area.kind {
+        AreaKind::File { file_id, offset } => {
+            let missing = VesselError::Slot {
+                what: "file of a mapping",
+                errno: Errno::ENOENT,
+            };
+            let file = file(file_id).ok_or(missing)?;
+            // The deputy's own descriptor names the very file, also when it was deleted.
+            let path = format!("/proc/{}/fd/{}\0", std::process::id(), file.as_raw_fd());
+            worker.write(0, path.as_bytes());
+            let open = (libc::O_RDONLY | libc::O_CLOEXEC) as u64;
+            let fd = call(
+                "open of a mapped file",
+                libc::SYS_open,
+                [worker.data_address(), open, 0, 0, 0, 0],
+            )?;
+            let offset = offset + (range.start - area.start);
+            let mapped = call("mmap", libc::SYS_mmap, args(flags, fd, offset));
+            call("close", libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
+            mapped?;
+        }
+        _ => {
+            call(
+                "mmap",
+                libc::SYS_mmap,
+                args(flags | libc::MAP_ANONYMOUS, u64::MAX, 0),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// Stops a worker; whatever it reports on the way is its own affair.
+fn stop(tid: i32) -> Result<Stopped, VesselError> {
+    ptrace::interrupt(tid)?;
+    match ptrace::wait(Target::Thread(tid), false)? {
+        Some((_, Status::Stopped(stopped))) => Ok(stopped),
+        _ => Err(RemoteCallError::Ended(tid).into()),
+    }
+}
+
+fn words(values: &[u64]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_ne_bytes()).collect()
+}
+
+/// What a thread registers with its kernel.
+fn register(
+    calls: &mut RemoteCalls,
+    memory: &ProcessMemory,
+    thread: &ThreadImage,
+) -> Result<(), VesselError> {
+    calls.call(
+        "set_tid_address",
+        libc::SYS_set_tid_address,
+        [thread.clear_child_tid, 0, 0, 0, 0, 0],
+    )?;
+    let (head, len) = thread.robust_list;
+    if head != 0 {
+        calls.call(
+            "set_robust_list",
+            libc::SYS_set_robust_list,
+            [head, len, 0, 0, 0, 0],
+        )?;
+    }
+    let alt = thread.altstack;
+    let flags = if alt.size == 0 {
+        libc::SS_DISABLE as u64
+    } else {
+        u64::from(alt.flags)
+    };
+    memory.write_forced(SCRATCH, &words(&[alt.sp, flags, alt.size]))?;
+    calls.call("sigaltstack", libc::SYS_sigaltstack, [SCRATCH, 0, 0, 0, 0, 0])?;
+    if let Some(rseq) = thread.rseq {
+        let args = [
+            rseq.pointer,
+            u64::from(rseq.size),
+            0,
+            u64::from(rseq.signature),
+            0,
+            0,
+        ];
+        calls.call("rseq", libc::SYS_rseq, args)?;
+    }
+    Ok(())
+}
+
+/// Puts a pending signal back. The thread sends it to itself, so that any si_code is allowed.
+fn requeue(
+    calls: &mut RemoteCalls,
+    memory: &ProcessMemory,
+    pid: i32,
+    tid: Option<i32>,
+    info: &SigInfo,
+) -> Result<(), VesselError> {
+    memory.write_forced(SCRATCH, &info.0)?;
+    let signal = info.signo() as u64;
+    // A full queue or a coalesced signal is no error natively either.
+    match tid {
+        Some(tid) => calls.raw(
+            libc::SYS_rt_tgsigqueueinfo,
+            [pid as u64, tid as u64, signal, SCRATCH, 0, 0],
+        )?,
+        None => calls.raw(libc::SYS_rt_sigqueueinfo, [pid as u64, signal, SCRATCH, 0, 0, 0])?,
+    };
+    Ok(())
+}
+
+/// Has the catcher end, and waits until it has.
+fn end_catcher(tid: i32) -> Result<(), VesselError> {
+    let mut stopped = stop(tid)?;
+    loop {
+        let mut regs = stopped.regs()?;
+        regs.rip = TRAMPOLINE;
+        regs.set_call(libc::SYS_exit as u64, [0; 6]);
+        regs.orig_rax = u64::MAX;
+        stopped.set_regs(&regs)?;
+        stopped.cont(0)?;
+        match ptrace::wait(Target::Thread(tid), false)? {
+            Some((_, Status::Stopped(again))) => stopped = again,
+            _ => return Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use linklayer::image::Prot;
+
+    fn line(start: u64, end: u64, prot: u8) -> MapLine {
+        MapLine {
+            range: start..end,
+            prot: Prot(prot),
+            shared: false,
+            offset: 0,
+            dev: 0,
+            ino: 0,
+            path: Vec::new(),
+            flags: Vec::new(),
+        }
+    }
+
+    fn anon(start: u64, end: u64, prot: u8) -> Area {
+        Area {
+            start,
+            end,
+            prot: Prot(prot),
+            flags: AreaFlags(0),
+            kind: AreaKind::Anon,
+        }
+    }
+
+    #[test]
+    fn only_what_differs_changes() {
+        let image = ProcessImage {
+            areas: vec![
+                anon(0x1000, 0x3000, 3),
+                anon(0x5000, 0x6000, 1),
+                anon(0x8000, 0x9000, 3),
+            ],
+            ..crate::test_image()
+        };
+        let lines = [line(0x1000, 0x4000, 3), line(0x5000, 0x6000, 3)];
+        let found = changes(&lines, &image, &|_| None);
+        assert_eq!(
+            found,
+            [
+                Change::Unmap(0x3000..0x4000),
+                Change::Protect(0x5000..0x6000, 1),
+                Change::Map(0x8000..0x9000, &image.areas[2]),
+            ]
+        );
+    }
+}

@@ -1,0 +1,99 @@
+//! The code that a vessel's threads run: it waits for a call in the thread's slot, makes it, and says so.
+//!
+//! It uses no stack and lies at a fixed address; r12 is the thread's slot. A clone's child goes on in the slot that the
+//! call named (r13), so that nothing has to be done to it before it may run.
+
+use std::arch::global_asm;
+
+use crate::restore::TRAMPOLINE;
+
+global_asm!(
+    ".pushsection .rodata.vessel_stub, \"a\"",
+    ".balign 16",
+    "vessel_stub_start:",
+    // A place where ptrace makes a thread execute calls.
+    "syscall",
+    "int3",
+    ".balign 16",
+    "vessel_stub_loop:",
+    "mov eax, dword ptr [r12]",
+    "cmp eax, 1",
+    "je 2f",
+    "mov edx, eax",
+    "mov rdi, r12",
+    "xor esi, esi",
+    "xor r10d, r10d",
+    "mov eax, 202",
+    "syscall",
+    "jmp vessel_stub_loop",
+    "2:",
+    "mov rdi, qword ptr [r12 + 16]",
+    "mov rsi, qword ptr [r12 + 24]",
+    "mov rdx, qword ptr [r12 + 32]",
+    "mov r10, qword ptr [r12 + 40]",
+    "mov r8, qword ptr [r12 + 48]",
+    "mov r9, qword ptr [r12 + 56]",
+    "mov rax, qword ptr [r12 + 8]",
+    "mov r13, qword ptr [r12 + 72]",
+    "syscall",
+    "vessel_stub_after:",
+    "test r13, r13",
+    "jz 3f",
+    "test rax, rax",
+    "jnz 3f",
+    "mov r12, r13",
+    "jmp vessel_stub_loop",
+    "3:",
+    "mov qword ptr [r12 + 64], rax",
+    "mov eax, 2",
+    "xchg dword ptr [r12], eax",
+    "mov rdi, r12",
+    "mov esi, 1",
+    "mov edx, 0x7fffffff",
+    "xor r10d, r10d",
+    "mov eax, 202",
+    "syscall",
+    "jmp vessel_stub_loop",
+    ".balign 16",
+    "vessel_stub_catcher:",
+    "mov eax, 34",
+    "syscall",
+    "jmp vessel_stub_catcher",
+    "vessel_stub_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static vessel_stub_start: u8;
+    static vessel_stub_loop: u8;
+    static vessel_stub_after: u8;
+    static vessel_stub_catcher: u8;
+    static vessel_stub_end: u8;
+}
+
+/// The stub's code.
+pub fn code() -> &'static [u8] {
+    let start = &raw const vessel_stub_start;
+    // SAFETY: both symbols are defined above in one read-only section, the end behind the start; the bytes between are
+    // initialised and never written.
+    unsafe { std::slice::from_raw_parts(start, (&raw const vessel_stub_end).offset_from(start) as usize) }
+}
+
+fn at(symbol: *const u8) -> u64 {
+    TRAMPOLINE + (symbol as u64 - &raw const vessel_stub_start as u64)
+}
+
+/// Where a worker waits for calls.
+pub fn loop_address() -> u64 {
+    at(&raw const vessel_stub_loop)
+}
+
+/// The address behind the call's `syscall` instruction.
+pub fn after_address() -> u64 {
+    at(&raw const vessel_stub_after)
+}
+
+/// Where the catcher waits.
+pub fn catcher_address() -> u64 {
+    at(&raw const vessel_stub_catcher)
+}
