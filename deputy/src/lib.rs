@@ -1,1 +1,82 @@
-//! deputy
+//! The home half of a job: vessel control, execution of forwarded calls, signal relay, children.
+//!
+//! [`serve`] is a deputy's life. It seizes the job's first process and ends when its last one has ended.
+
+pub mod calls;
+mod contact;
+mod entry;
+mod files;
+mod home;
+mod homeward;
+mod launch;
+mod process;
+pub mod shared;
+mod signals;
+mod vessel;
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use linklayer::frame::Header;
+use linklayer::wire::{self, Kind};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signal::{SigSet, Signal};
+
+pub use shared::{Cluster, Command, ProcessView, Shared};
+
+/// A deputy that has not seized anybody yet.
+pub struct Deputy {
+    shared: Arc<Shared>,
+    home: home::Home,
+}
+
+impl Deputy {
+    /// Prepares a deputy; the calling thread becomes the tracer. To be called before any other thread exists, so that
+    /// all inherit a blocked SIGCHLD.
+    ///
+    /// # Errors
+    /// When the kernel gives no descriptors or no memory.
+    pub fn new(cluster: Arc<dyn Cluster>) -> anyhow::Result<Deputy> {
+        let mut set = SigSet::empty();
+        set.add(Signal::SIGCHLD);
+        set.thread_block()?;
+        let (send, receive) = crossbeam_channel::unbounded();
+        let wake = Arc::new(EventFd::from_flags(
+            EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
+        )?);
+        let shared = Shared::new(send, wake.clone(), cluster);
+        let home = home::Home::new(shared.clone(), receive, wake)?;
+        Ok(Deputy { shared, home })
+    }
+
+    /// What other threads may use.
+    pub fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
+    }
+
+    /// Becomes the tracer of a process, which is about to execute the job's program.
+    ///
+    /// # Errors
+    /// When it may not be traced: another tracer has it, or a security module forbids it.
+    pub fn seize(&mut self, pid: i32) -> anyhow::Result<()> {
+        shim::ptrace::seize(pid, home::Home::options()).context("the program cannot be traced")?;
+        self.home.adopt_first(pid);
+        Ok(())
+    }
+
+    /// Serves the job to its end, then ends its supervisors.
+    ///
+    /// # Errors
+    /// When the tracer itself fails; the kernel then kills what is traced.
+    pub fn serve(mut self) -> anyhow::Result<()> {
+        let result = self.home.run();
+        for link in self.shared.links.lock().values() {
+            let header = Header::new(Kind::End as u16, 0, link.next_seq());
+            if let Err(e) = link.send(0, header, &[&wire::encode(&wire::Errno(0))]) {
+                tracing::debug!(error = %e, "end not said");
+            }
+            link.close();
+        }
+        result
+    }
+}

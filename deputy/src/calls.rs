@@ -1,0 +1,326 @@
+//! Executing forwarded calls in the vessel.
+//!
+//! A call takes effect exactly once: the contact delivers its frame once, a vessel thread has one call at a time, and
+//! its answer is sent once. A call that does not end at once is left to a waiter thread, so that the contact's leader
+//! goes on serving the other threads.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender};
+use linklayer::image::SigInfo;
+use linklayer::syscall::{self, Blocking, CallView, Malformed};
+use linklayer::wire;
+use parking_lot::Mutex;
+use shim::vessel::Slot;
+
+use crate::shared::{Command, ReplyTo, Shared};
+
+/// A vessel thread, as the threads that feed it calls see it.
+pub struct Worker {
+    /// Its tid, the guest thread's as well.
+    pub tid: i32,
+    /// Its process.
+    pub pid: i32,
+    /// Where its calls are put.
+    pub slot: Slot,
+    /// Sequence number of the call in progress.
+    pub current: Mutex<Option<u64>>,
+}
+
+/// How long the contact's thread waits for a call that usually ends at once.
+const INLINE_WAIT: Duration = Duration::from_millis(2);
+/// ... and for one that may wait for somebody.
+const BRIEF_WAIT: Duration = Duration::from_micros(60);
+
+/// Takes up a forwarded call.
+pub fn begin(shared: &Arc<Shared>, reply: ReplyTo, payload: Vec<u8>) {
+    let tid = reply.header.tid;
+    // A thread that has just been killed: the supervisor learns of it by another message.
+    let Some(worker) = shared.worker(tid) else { return };
+    let refuse = |e: Malformed| {
+        tracing::error!(tid, error = %e, "call refused");
+        reply.send(&[&(-i64::from(libc::EPROTO)).to_le_bytes()]);
+    };
+    let (nr, blocking, args) = match CallView::parse(&payload) {
+        Ok(view) => match place(&worker.slot, &view) {
+            Ok(args) => (view.nr, view.blocking, args),
+            Err(e) => return refuse(e),
+        },
+        Err(e) => return refuse(e),
+    };
+    shared.count(worker.pid);
+    *worker.current.lock() = Some(reply.header.seq);
+    worker.slot.post(u64::from(nr), args);
+    let patience = match blocking {
+        Blocking::Never => INLINE_WAIT,
+        Blocking::May => BRIEF_WAIT,
+        Blocking::Long => Duration::ZERO,
+    };
+    let pending = Pending {
+        worker,
+        request: payload,
+        reply,
+    };
+    match pending.worker.slot.wait(Some(patience)) {
+        Some(ret) if !signals_by_itself(ret) => pending.finish(ret),
+        _ => WAITERS.with_pool(|p| p.hand(pending)),
+    }
+}
+
+/// Lays a call out in a slot; gives its registers.
+pub fn place(slot: &Slot, view: &CallView<'_>) -> Result<[u64; 6], Malformed> {
+    let mut area = vec![0; view.space as usize];
+    let args = syscall::place(view, &mut area, slot.data_address())?;
+    slot.write(0, &area);
+    Ok(args)
+}
+
+/// Results with which the kernel also sends the calling thread a signal.
+fn signals_by_itself(ret: i64) -> bool {
+    ret == -i64::from(libc::EPIPE) || ret == -i64::from(libc::EFBIG)
+}
+
+struct Pending {
+    worker: Arc<Worker>,
+    /// The encoded request, which says what to send back.
+    request: Vec<u8>,
+    reply: ReplyTo,
+}
+
+impl Pending {
+    /// Waits for the end, on a waiter's thread.
+    fn complete(self) {
+        let Some(ret) = self.worker.slot.wait(None) else {
+            // The slot was given up because its thread is gone. The guest goes too; whoever waits there must not wait on.
+            return self.reply.send(&[&(-i64::from(libc::ESRCH)).to_le_bytes()]);
+        };
+        if signals_by_itself(ret) {
+            let outs = self.collect(ret);
+            let signal = if ret == -i64::from(libc::EPIPE) {
+                libc::SIGPIPE
+            } else {
+                libc::SIGXFSZ
+            };
+            self.relay_own(signal);
+            return self.answer(&outs);
+        }
+        self.finish(ret);
+    }
+
+    fn finish(self, ret: i64) {
+        let outs = self.collect(ret);
+        self.answer(&outs);
+    }
+
+    /// The reply: the result and what the call wrote.
+    fn collect(&self, ret: i64) -> Vec<u8> {
+        let mut reply = Vec::new();
+        let collected = CallView::parse(&self.request).and_then(|view| {
+            let mut area = vec![0; view.space as usize];
+            self.worker.slot.read(0, &mut area);
+            syscall::collect(&view, &area, ret, &mut reply)
+        });
+        if let Err(e) = collected {
+            tracing::error!(tid = self.worker.tid, error = %e, "reply");
+        }
+        reply
+    }
+
+    fn answer(&self, reply: &[u8]) {
+        *self.worker.current.lock() = None;
+        self.reply.send(&[reply]);
+    }
+
+    /// The worker has all signals blocked, so a signal the kernel sent it for this call is pending there. It is taken
+    /// off the queue and follows the guest thread. It is sent on the call's own lane, so it arrives before the answer.
+    fn relay_own(&self, signal: i32) {
+        let slot = &self.worker.slot;
+        let set = 1u64 << (signal - 1);
+        slot.write(0, &set.to_ne_bytes());
+        slot.write(16, &[0; 16]);
+        slot.write(64, &[0; 128]);
+        let base = slot.data_address();
+        slot.post(
+            libc::SYS_rt_sigtimedwait as u64,
+            [base, base + 64, base + 16, 8, 0, 0],
+        );
+        if slot.wait(None) == Some(i64::from(signal)) {
+            let mut info = SigInfo::default();
+            slot.read(64, &mut info.0);
+            let body = wire::Signal {
+                pid: self.worker.pid,
+                tid: self.worker.tid,
+                signal,
+                info: info.0.to_vec(),
+            };
+            crate::signals::send(&self.reply.link, self.reply.lane, &body);
+        }
+    }
+}
+
+/// Threads that wait for calls; as many as there are calls in progress, plus a few idle ones.
+struct Waiters {
+    pool: Mutex<Option<Pool>>,
+}
+
+#[derive(Clone)]
+struct Pool {
+    send: Sender<Pending>,
+    receive: Receiver<Pending>,
+    idle: Arc<AtomicU32>,
+}
+
+static WAITERS: Waiters = Waiters {
+    pool: Mutex::new(None),
+};
+
+impl Waiters {
+    fn with_pool(&self, f: impl FnOnce(&Pool)) {
+        let pool = self
+            .pool
+            .lock()
+            .get_or_insert_with(|| {
+                let (send, receive) = crossbeam_channel::unbounded();
+                Pool {
+                    send,
+                    receive,
+                    idle: Arc::default(),
+                }
+            })
+            .clone();
+        f(&pool);
+    }
+}
+
+impl Pool {
+    fn hand(&self, pending: Pending) {
+        // An idle thread is claimed before it is given work, so that a call never queues behind another.
+        let claimed = self
+            .idle
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1))
+            .is_ok();
+        if !claimed {
+            let pool = self.clone();
+            crate::contact::spawn("waiter", move || pool.serve());
+        }
+        let _ = self.send.send(pending);
+    }
+
+    fn serve(&self) {
+        while let Ok(pending) = self.receive.recv() {
+            pending.complete();
+            if self.idle.fetch_add(1, Ordering::AcqRel) >= 16 {
+                if self
+                    .idle
+                    .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1))
+                    .is_ok()
+                {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Opens a file with the given content in the vessel: /proc files about the guest, and the node's own topology. Gives
+/// the descriptor or a negative errno.
+pub fn synthetic(shared: &Arc<Shared>, tid: i32, file: &wire::Synthetic) -> i64 {
+    let Some(worker) = shared.worker(tid) else {
+        return -i64::from(libc::ESRCH);
+    };
+    let slot = &worker.slot;
+    let base = slot.data_address();
+    let call = |nr: i64, args: [u64; 6]| {
+        slot.post(nr as u64, args);
+        slot.wait(None).unwrap_or(-i64::from(libc::ESRCH))
+    };
+    let mut name = file.name.clone();
+    name.truncate(200);
+    name.push(0);
+    slot.write(0, &name);
+    let cloexec = if file.flags & libc::O_CLOEXEC != 0 {
+        u64::from(libc::MFD_CLOEXEC)
+    } else {
+        0
+    };
+    let fd = call(libc::SYS_memfd_create, [base, cloexec, 0, 0, 0, 0]);
+    if fd < 0 {
+        return fd;
+    }
+    let mut at = 0usize;
+    for chunk in file.content.chunks(128 << 10) {
+        slot.write(0, chunk);
+        let n = call(
+            libc::SYS_pwrite64,
+            [fd as u64, base, chunk.len() as u64, at as u64, 0, 0],
+        );
+        if n != chunk.len() as i64 {
+            call(libc::SYS_close, [fd as u64, 0, 0, 0, 0, 0]);
+            return if n < 0 { n } else { -i64::from(libc::ENOSPC) };
+        }
+        at += chunk.len();
+    }
+    fd
+}
+
+/// Gives the vessel a signal disposition of its guest. The handler's address is never jumped to: what arrives at the
+/// vessel is taken by its tracer.
+pub fn set_action(shared: &Arc<Shared>, tid: i32, action: &wire::Action) {
+    let Some(worker) = shared.worker(tid) else { return };
+    let mut bytes = [0; 32];
+    for (place, word) in bytes.chunks_exact_mut(8).zip(action.action) {
+        place.copy_from_slice(&word.to_ne_bytes());
+    }
+    worker.slot.write(0, &bytes);
+    let base = worker.slot.data_address();
+    let ret = plain(
+        &worker,
+        libc::SYS_rt_sigaction,
+        [action.signal as u64, base, 0, 8, 0, 0],
+    );
+    if ret < 0 {
+        tracing::warn!(tid, signal = action.signal, ret, "disposition not set at home");
+    }
+}
+
+/// The content of a file of /proc about the vessel that asks; empty when there is none.
+pub fn read_proc(shared: &Arc<Shared>, tid: i32, path: &[u8]) -> Vec<u8> {
+    let Some(worker) = shared.worker(tid) else {
+        return Vec::new();
+    };
+    let Some(name) = std::str::from_utf8(path).ok().and_then(|p| p.rsplit('/').next()) else {
+        return Vec::new();
+    };
+    if !matches!(name, "status" | "stat") {
+        return Vec::new();
+    }
+    std::fs::read(format!("/proc/{}/{name}", worker.pid)).unwrap_or_default()
+}
+
+/// Executes one call without pointers in a vessel thread that is idle, on the calling thread.
+pub fn plain(worker: &Worker, nr: i64, args: [u64; 6]) -> i64 {
+    worker.slot.post(nr as u64, args);
+    worker.slot.wait(None).unwrap_or(-i64::from(libc::ESRCH))
+}
+
+/// Waits on a thread of its own for the end of a clone that the vessel executes.
+pub fn watch_clone(shared: &Arc<Shared>, worker: Arc<Worker>) {
+    let shared = shared.clone();
+    crate::contact::spawn("clone", move || {
+        if let Some(ret) = worker.slot.wait(None) {
+            shared.post(Command::CloneEnded { tid: worker.tid, ret });
+        }
+    });
+}
+
+/// ... and of an exec that fails; one that succeeds never ends in the slot.
+pub fn watch_exec(shared: &Arc<Shared>, worker: Arc<Worker>) {
+    let shared = shared.clone();
+    crate::contact::spawn("exec", move || {
+        if let Some(ret) = worker.slot.wait(None) {
+            shared.post(Command::ExecFailed { tid: worker.tid, ret });
+        }
+    });
+}

@@ -1,0 +1,160 @@
+//! What a supervisor says, and who answers it.
+//!
+//! Frames arrive on the contact's leader thread, which must not block: calls that finish at once are executed there;
+//! what waits is handed to a thread of its own; what needs ptrace is handed to the tracer thread.
+
+use std::sync::Arc;
+
+use linklayer::frame::Header;
+use linklayer::quic::{Handler, Link, LinkError};
+use linklayer::wire::{self, Kind};
+
+use crate::calls;
+use crate::shared::{Command, ReplyTo, Shared};
+
+/// The deputy's end of the contact to one node.
+pub struct Contact {
+    shared: Arc<Shared>,
+    node: u32,
+}
+
+impl Contact {
+    /// For a contact to `node`.
+    pub fn new(shared: Arc<Shared>, node: u32) -> Contact {
+        Contact { shared, node }
+    }
+
+    fn dispatch(&self, reply: ReplyTo, payload: Vec<u8>) -> Result<(), String> {
+        let kind =
+            Kind::from_u16(reply.header.kind).ok_or_else(|| format!("unknown kind {}", reply.header.kind))?;
+        fn body<T: bincode::Decode<()>>(payload: &[u8]) -> Result<T, String> {
+            wire::decode(payload).map_err(|e| e.to_string())
+        }
+        let shared = &self.shared;
+        match kind {
+            Kind::Call => calls::begin(shared, reply, payload),
+            Kind::Clone => shared.post(Command::Clone(reply, body(&payload)?)),
+            Kind::Exec => shared.post(Command::Exec(reply, body(&payload)?)),
+            Kind::ExitThread => shared.post(Command::ExitThread(reply, body::<wire::ExitCode>(&payload)?.0)),
+            Kind::ExitGroup => shared.post(Command::ExitGroup(reply, body::<wire::ExitCode>(&payload)?.0)),
+            Kind::Died => shared.post(Command::Died(body(&payload)?)),
+            Kind::Interrupt => shared.post(Command::Interrupt(body(&payload)?)),
+            Kind::FileRead => {
+                let r: wire::FileRead = body(&payload)?;
+                let shared = shared.clone();
+                spawn("file", move || {
+                    reply.send(&[&shared.files.read(r.id, r.offset, r.len)])
+                });
+            }
+            Kind::MapFile => {
+                let request: wire::MapFile = body(&payload)?;
+                let shared = shared.clone();
+                spawn("map", move || {
+                    let answer = match shared
+                        .worker(reply.header.tid)
+                        .map(|w| shim::fd::get_from(w.pid, request.fd))
+                    {
+                        Some(Ok(fd)) => shared.files.map(fd, &request),
+                        Some(Err(e)) => wire::MapFileReply::Errno(e.raw_os_error().unwrap_or(libc::EBADF)),
+                        None => wire::MapFileReply::Errno(libc::ESRCH),
+                    };
+                    reply.send(&[&wire::encode(&answer)]);
+                });
+            }
+            Kind::Homecoming => shared.post(Command::Homecoming(reply, Box::new(body(&payload)?))),
+            Kind::HomeCommit => shared.post(Command::HomeCommit(reply, body::<wire::Pid>(&payload)?.0)),
+            Kind::Pages => {
+                let Some((address, data)) = payload.split_first_chunk::<8>() else {
+                    return Err("pages without an address".into());
+                };
+                self.write_pages(reply.header.tid, u64::from_le_bytes(*address), data)?;
+            }
+            Kind::Action => {
+                let action: wire::Action = body(&payload)?;
+                // Here and now: the thread's next call must find it in effect.
+                calls::set_action(shared, reply.header.tid, &action);
+                shared.post(Command::Action(action));
+            }
+            Kind::ReadProc => {
+                let path = payload;
+                let shared = shared.clone();
+                spawn("proc", move || {
+                    reply.send(&[&calls::read_proc(&shared, reply.header.tid, &path)])
+                });
+            }
+            Kind::Synthetic => {
+                let s: wire::Synthetic = body(&payload)?;
+                let shared = shared.clone();
+                spawn("synthetic", move || {
+                    let ret = calls::synthetic(&shared, reply.header.tid, &s);
+                    reply.send(&[&ret.to_le_bytes()]);
+                });
+            }
+            Kind::MoveFailed => shared.post(Command::MoveFailed(body(&payload)?)),
+            Kind::Usage => {
+                shared.usage.lock().insert(self.node, body(&payload)?);
+            }
+            Kind::Hello => {
+                let hello: wire::Hello = body(&payload)?;
+                if hello.version != wire::PROTOCOL_VERSION {
+                    return Err(format!(
+                        "node {} speaks version {} of the job protocol, this one {}: update the older one",
+                        self.node,
+                        hello.version,
+                        wire::PROTOCOL_VERSION
+                    ));
+                }
+            }
+            other => return Err(format!("{other:?} is not for a deputy")),
+        }
+        Ok(())
+    }
+
+    /// Writes pages of a process that comes home into its vessel. Only a process that has announced itself
+    /// ([`Kind::Homecoming`]) and only addresses of user space outside the deputy's own areas are accepted.
+    fn write_pages(&self, pid: i32, address: u64, data: &[u8]) -> Result<(), String> {
+        if !self.shared.homecoming.lock().contains(&pid) {
+            return Err(format!("pages for process {pid}, which is not on its way home"));
+        }
+        let end = address
+            .checked_add(data.len() as u64)
+            .ok_or("pages beyond the address space")?;
+        let reserved = linklayer::image::RESERVED;
+        if end > linklayer::image::USER_END || (address < reserved.end && end > reserved.start) {
+            return Err(format!("pages at {address:#x}, which no guest has"));
+        }
+        shim::memory::ProcessMemory::new(pid)
+            .write_forced(address, data)
+            .map_err(|e| format!("pages of process {pid} at {address:#x}: {e}"))
+    }
+}
+
+/// Runs something that may wait on a thread of its own.
+pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
+    if let Err(e) = std::thread::Builder::new()
+        .name(name.into())
+        .stack_size(256 << 10)
+        .spawn(work)
+    {
+        tracing::error!(error = %e, "no thread for {name}");
+    }
+}
+
+impl Handler for Contact {
+    fn frame(&self, link: &Link, lane: u32, header: Header, payload: Vec<u8>) {
+        let reply = ReplyTo {
+            link: link.clone(),
+            lane,
+            header,
+        };
+        if let Err(why) = self.dispatch(reply, payload) {
+            tracing::error!(node = self.node, %why, "supervisor breaks the protocol");
+            link.close();
+            self.shared.post(Command::Lost(self.node, why));
+        }
+    }
+
+    fn lost(&self, why: &LinkError) {
+        self.shared.post(Command::Lost(self.node, why.to_string()));
+    }
+}

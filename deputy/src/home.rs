@@ -1,0 +1,273 @@
+//! The tracer thread: everything at home that needs ptrace.
+//!
+//! One OS thread owns every tracee (ptrace is per thread). It sleeps until a tracee reports something or another
+//! thread posts a [`Command`]. Processes at home are only watched for fork, exec and exit; those whose guests are
+//! away are vessels.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use crossbeam_channel::Receiver;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use shim::ptrace::{self, Status, Stop, Stopped, Target};
+
+use crate::process::{Mode, Process, Role, Task};
+use crate::shared::{Command, Shared};
+
+/// The tracer's own state.
+pub struct Home {
+    pub(crate) shared: Arc<Shared>,
+    commands: Receiver<Command>,
+    wake: Arc<EventFd>,
+    children: SignalFd,
+    /// Processes of the job.
+    pub(crate) processes: HashMap<i32, Process>,
+    /// Their threads.
+    pub(crate) tasks: HashMap<i32, Task>,
+    /// Stopped children whose parent's event has not been seen yet.
+    pub(crate) strays: HashMap<i32, Stopped>,
+    pub(crate) arena: shim::vessel::Arena,
+}
+
+impl Home {
+    /// Takes over the calling thread as the tracer. SIGCHLD must be blocked in every thread of this process.
+    ///
+    /// # Errors
+    /// When the kernel gives no signalfd or no arena.
+    pub fn new(shared: Arc<Shared>, commands: Receiver<Command>, wake: Arc<EventFd>) -> anyhow::Result<Home> {
+        let mut set = SigSet::empty();
+        set.add(Signal::SIGCHLD);
+        set.thread_block()?;
+        let children = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        Ok(Home {
+            shared,
+            commands,
+            wake,
+            children,
+            processes: HashMap::new(),
+            tasks: HashMap::new(),
+            strays: HashMap::new(),
+            arena: shim::vessel::Arena::new()?,
+        })
+    }
+
+    /// Options for every tracee.
+    pub fn options() -> ptrace::Options {
+        // Without its deputy a vessel would wait for ever.
+        ptrace::usual_options() | ptrace::Options::PTRACE_O_EXITKILL
+    }
+
+    /// Takes up the job's first process, which the caller has seized.
+    pub fn adopt_first(&mut self, pid: i32) {
+        self.add_process(pid, Mode::Native);
+    }
+
+    /// Serves the job until its last process has ended.
+    ///
+    /// # Errors
+    /// Those of poll(2) and waitpid(2), which leave the job without a deputy: its processes are then killed
+    /// (PTRACE_O_EXITKILL).
+    pub fn run(&mut self) -> anyhow::Result<()> {
+        while !self.tasks.is_empty() {
+            let mut fds = [
+                PollFd::new(self.children.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+            if fds[1].revents().is_some_and(|r| !r.is_empty()) {
+                let _ = self.wake.read();
+            }
+            while let Ok(Some(_)) = self.children.read_signal() {}
+            while let Some((tid, status)) = ptrace::wait(Target::Any, true)? {
+                self.report(tid, status);
+            }
+            while let Ok(command) = self.commands.try_recv() {
+                self.command(command);
+                while let Some((tid, status)) = ptrace::wait(Target::Any, true)? {
+                    self.report(tid, status);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn add_process(&mut self, pid: i32, mode: Mode) {
+        self.processes.insert(pid, Process::new(pid, mode));
+        self.tasks.insert(pid, Task::new(pid, pid, Role::Native));
+        self.publish(pid);
+    }
+
+    fn report(&mut self, tid: i32, status: Status) {
+        match status {
+            Status::Exited(_) | Status::Signaled { .. } => self.gone(tid),
+            Status::Stopped(stopped) => {
+                if !self.tasks.contains_key(&tid) {
+                    // The first stop of a child may come before the event of its parent.
+                    self.strays.insert(tid, stopped);
+                    if let Err(e) = self.stray_appears(tid) {
+                        tracing::error!(tid, error = format!("{e:#}"), "new child not set up");
+                    }
+                    return;
+                }
+                if let Err(e) = self.stopped(tid, stopped) {
+                    if !e
+                        .downcast_ref::<ptrace::PtraceError>()
+                        .is_some_and(ptrace::PtraceError::is_gone)
+                    {
+                        tracing::error!(tid, error = format!("{e:#}"), "tracee not handled");
+                    }
+                }
+            }
+        }
+    }
+
+    fn stopped(&mut self, tid: i32, stopped: Stopped) -> anyhow::Result<()> {
+        let pid = self.tasks[&tid].pid;
+        if let Stop::Exec { former_tid } = stopped.stop() {
+            return self.executed(pid, former_tid, stopped);
+        }
+        match self.tasks[&tid].role {
+            Role::Native => self.native_stop(pid, tid, stopped),
+            Role::Worker | Role::Catcher => self.vessel_stop(pid, tid, stopped),
+        }
+    }
+
+    /// A thread of a process that runs at home.
+    fn native_stop(&mut self, pid: i32, tid: i32, stopped: Stopped) -> anyhow::Result<()> {
+        match stopped.stop() {
+            Stop::Signal(sig) => {
+                if sig == nix::libc::SIGTRAP && self.at_entry(pid, &stopped)? {
+                    return self.begin_launch(pid, stopped);
+                }
+                stopped.cont(sig)?;
+            }
+            Stop::Group(_) => stopped.listen()?,
+            Stop::Fork(child) | Stop::Vfork(child) | Stop::Clone(child) => {
+                self.native_child(pid, child);
+                stopped.cont(0)?;
+            }
+            _ => {
+                let _ = tid;
+                stopped.cont(0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A child or thread of a process at home: it is at home too.
+    fn native_child(&mut self, parent: i32, child: i32) {
+        let owner = tgid_of(child).unwrap_or(child);
+        if owner == parent {
+            self.tasks.insert(child, Task::new(child, parent, Role::Native));
+        } else {
+            self.add_process(child, Mode::Native);
+            if let Some(entry) = self.processes.get(&parent).and_then(|p| p.breakpoint.clone()) {
+                // A copy of the parent before its entry point carries the breakpoint too; it does not move.
+                let _ = entry.remove(child);
+            }
+        }
+        if let Some(stray) = self.strays.remove(&child) {
+            let _ = stray.cont(0);
+        }
+    }
+
+    /// A thread or process has ended and was reaped by this tracer; its real parent can wait for it now.
+    fn gone(&mut self, tid: i32) {
+        self.strays.remove(&tid);
+        let Some(task) = self.tasks.remove(&tid) else {
+            return;
+        };
+        if let Some(worker) = self.shared.workers.write().remove(&tid) {
+            worker.slot.abandon();
+        }
+        if let Some((reply, last)) = task.ending {
+            reply.errno(i32::from(last));
+        }
+        if self.tasks.values().any(|t| t.pid == task.pid) {
+            return;
+        }
+        self.forget(task.pid);
+    }
+
+    fn forget(&mut self, pid: i32) {
+        if let Some(process) = self.processes.remove(&pid) {
+            process.discard_guest();
+            process.fail_waiters("the process has ended");
+        }
+        self.shared.table.lock().remove(&pid);
+        self.shared.homecoming.lock().remove(&pid);
+    }
+
+    pub(crate) fn publish(&self, pid: i32) {
+        let Some(process) = self.processes.get(&pid) else {
+            return;
+        };
+        let mut table = self.shared.table.lock();
+        let forwarded = table.get(&pid).map_or(0, |v| v.forwarded);
+        table.insert(pid, process.view(forwarded));
+    }
+
+    fn command(&mut self, command: Command) {
+        let result = match command {
+            Command::LaunchReady { pid, result } => self.launch_ready(pid, result),
+            Command::Clone(reply, request) => self.clone_in_vessel(reply, request),
+            Command::CloneEnded { tid, ret } => self.clone_ended(tid, ret),
+            Command::Exec(reply, request) => self.exec_in_vessel(reply, request),
+            Command::ExecFailed { tid, ret } => self.exec_failed(tid, ret),
+            Command::ExitThread(reply, code) => self.exit_thread(reply, code),
+            Command::ExitGroup(reply, code) => self.exit_group(reply, code),
+            Command::Died(died) => self.die(died.pid, died.signal),
+            Command::Interrupt(i) => self.interrupt(i),
+            Command::Homecoming(reply, body) => self.homecoming(reply, *body),
+            Command::HomeCommit(reply, pid) => self.home_commit(reply, pid),
+            Command::MoveFailed(m) => self.move_failed(m),
+            Command::Action(a) => self.action(a),
+            Command::Bring(pid, reason, done) => self.bring(pid, reason, done),
+            Command::Lost(node, why) => self.lost(node, &why),
+        };
+        if let Err(e) = result {
+            tracing::error!(error = format!("{e:#}"), "command not carried out");
+        }
+    }
+
+    /// The contact to a node is gone for good: what ran there has ended for us.
+    fn lost(&mut self, node: u32, why: &str) -> anyhow::Result<()> {
+        self.shared.links.lock().remove(&node);
+        let there: Vec<i32> = self
+            .processes
+            .values()
+            .filter(|p| p.node() == node)
+            .map(|p| p.pid)
+            .collect();
+        if !there.is_empty() {
+            tracing::error!(
+                node,
+                why,
+                processes = there.len(),
+                "contact lost; its processes are killed"
+            );
+        }
+        for pid in there {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL)?;
+        }
+        Ok(())
+    }
+}
+
+/// The process of a thread.
+pub(crate) fn tgid_of(tid: i32) -> Option<i32> {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    status
+        .lines()
+        .find_map(|l| l.strip_prefix("Tgid:"))?
+        .trim()
+        .parse()
+        .ok()
+}

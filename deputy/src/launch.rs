@@ -1,0 +1,343 @@
+//! From home to away: a program that was just executed is built anew on another node.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anyhow::Context;
+use linklayer::image::{Area, AreaKind, ProcessImage};
+use linklayer::quic::Link;
+use linklayer::stay::StayReason;
+use linklayer::wire::{self, FileRef, Kind};
+use shim::ptrace::Stopped;
+
+use crate::entry::Breakpoint;
+use crate::home::Home;
+use crate::process::{Away, Mode, Role, Task, send};
+use crate::shared::{Command, Shared};
+
+/// Most bytes of pages in one frame.
+const PAGES_BYTES: usize = 256 << 10;
+
+impl Home {
+    /// A process has executed a program (PTRACE_EVENT_EXEC): all its other threads are gone, it is at home, and it is
+    /// decided anew where it runs.
+    pub(crate) fn executed(&mut self, pid: i32, former_tid: i32, mut stopped: Stopped) -> anyhow::Result<()> {
+        let executing = self.tasks.get_mut(&former_tid).and_then(|t| t.executing.take());
+        let threads: Vec<i32> = self
+            .tasks
+            .values()
+            .filter(|t| t.pid == pid)
+            .map(|t| t.tid)
+            .collect();
+        for tid in threads {
+            self.tasks.remove(&tid);
+            if let Some(worker) = self.shared.workers.write().remove(&tid) {
+                worker.slot.abandon();
+            }
+        }
+        self.tasks.insert(pid, Task::new(pid, pid, Role::Native));
+        if let Some((reply, request)) = executing {
+            stopped.set_sigmask(request.sigmask)?;
+            reply.errno(0);
+        }
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Ok(());
+        };
+        process.discard_guest();
+        process.mode = Mode::Native;
+        process.breakpoint = None;
+        process.stay = Some(StayReason::StartedHome);
+        process.how = "executed";
+        for action in &mut process.actions {
+            // exec(2) resets handlers; what is ignored stays ignored.
+            if action.handler > 1 {
+                *action = Default::default();
+            }
+        }
+        process.target = self.shared.cluster.choose();
+        if process.target.is_some() {
+            match movable(pid, &stopped)
+                .and_then(|()| Breakpoint::set(pid).map_err(|e| StayReason::NoNode(format!("{e:#}"))))
+            {
+                Ok(breakpoint) => process.breakpoint = Some(breakpoint),
+                Err(reason) => process.stay = Some(reason),
+            }
+        }
+        self.publish(pid);
+        stopped.cont(0)?;
+        Ok(())
+    }
+
+    /// Whether this SIGTRAP is that of the breakpoint at the entry point.
+    pub(crate) fn at_entry(&self, pid: i32, stopped: &Stopped) -> anyhow::Result<bool> {
+        let Some(breakpoint) = self.processes.get(&pid).and_then(|p| p.breakpoint.as_ref()) else {
+            return Ok(false);
+        };
+        Ok(breakpoint.hit(&stopped.regs()?))
+    }
+
+    /// The process stands at its entry point: describe it and have it built. It stays whole until that succeeded.
+    pub(crate) fn begin_launch(&mut self, pid: i32, mut stopped: Stopped) -> anyhow::Result<()> {
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Ok(());
+        };
+        let (Some(breakpoint), Some(node)) = (process.breakpoint.take(), process.target) else {
+            stopped.cont(0)?;
+            return Ok(());
+        };
+        breakpoint.remove(pid)?;
+        let mut regs = stopped.regs()?;
+        regs.rip = breakpoint.address();
+        stopped.set_regs(&regs)?;
+        // Threads that a library's constructor started: a launch moves one thread.
+        if self.tasks.values().filter(|t| t.pid == pid).count() > 1 {
+            process.stay = Some(StayReason::NoNode("it has threads before its entry point".into()));
+            self.publish(pid);
+            stopped.cont(0)?;
+            return Ok(());
+        }
+        let stopped = stopped.settle()?;
+        let (stopped, described) = self.describe(pid, stopped);
+        match described {
+            Ok((image, files)) => {
+                process_launch(&self.shared, pid, node, image, files);
+                if let Some(process) = self.processes.get_mut(&pid) {
+                    process.mode = Mode::Launching(stopped, node);
+                }
+            }
+            Err(e) => {
+                tracing::info!(pid, error = format!("{e:#}"), "stays at home");
+                if let Some(process) = self.processes.get_mut(&pid) {
+                    process.stay = Some(StayReason::NoNode(format!("{e:#}")));
+                }
+                self.publish(pid);
+                stopped.cont(0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest stands ready on its node, or was refused.
+    pub(crate) fn launch_ready(&mut self, pid: i32, result: Result<Link, String>) -> anyhow::Result<()> {
+        let Some(process) = self.processes.get_mut(&pid) else {
+            // Killed meanwhile.
+            if let Ok(link) = result {
+                send(&link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
+            }
+            return Ok(());
+        };
+        let (stopped, node) = match std::mem::replace(&mut process.mode, Mode::Native) {
+            Mode::Launching(stopped, node) => (stopped, node),
+            other => {
+                process.mode = other;
+                return Ok(());
+            }
+        };
+        let link = match result {
+            Ok(link) => link,
+            Err(why) => {
+                tracing::warn!(pid, node, why, "not moved; it runs at home");
+                process.stay = Some(StayReason::NoNode(why));
+                self.publish(pid);
+                stopped.cont(0)?;
+                return Ok(());
+            }
+        };
+        match self.empty(pid, stopped) {
+            Ok(vessel) => {
+                if let Some(process) = self.processes.get_mut(&pid) {
+                    process.stay = None;
+                    process.how = "placed at exec";
+                    process.mode = Mode::Away(Away {
+                        vessel,
+                        node,
+                        link: link.clone(),
+                        frozen: false,
+                        coming: None,
+                    });
+                }
+                self.publish(pid);
+                send(&link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));
+                Ok(())
+            }
+            Err((whole, e)) => {
+                // Before the commit: the source goes on.
+                send(&link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
+                tracing::warn!(pid, error = %e, "not emptied; it runs at home");
+                let Some(stopped) = whole else {
+                    return Err(anyhow::Error::new(e).context(format!("process {pid} could not be emptied")));
+                };
+                if let Some(process) = self.processes.get_mut(&pid) {
+                    process.stay = Some(StayReason::Limits);
+                }
+                self.publish(pid);
+                stopped.cont(0)?;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Whether a program that was just executed may be moved at all.
+fn movable(pid: i32, stopped: &Stopped) -> Result<(), StayReason> {
+    let broken = |e: &dyn std::fmt::Display| StayReason::NoNode(e.to_string());
+    let regs = stopped.regs().map_err(|e| broken(&e))?;
+    // Segment 0x33 is 64-bit user code (arch/x86/include/asm/segment.h, __USER_CS).
+    if regs.cs != 0x33 {
+        return Err(StayReason::NotX86_64);
+    }
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(|e| broken(&e))?;
+    let ids = |name: &str| -> Vec<String> {
+        status
+            .lines()
+            .find_map(|l| l.strip_prefix(name))
+            .map(|l| l.split_whitespace().map(str::to_string).collect())
+            .unwrap_or_default()
+    };
+    for name in ["Uid:", "Gid:"] {
+        let ids = ids(name);
+        if ids.first() != ids.get(1) {
+            return Err(StayReason::Privileged);
+        }
+    }
+    Ok(())
+}
+
+/// Sends the process and waits for the answer on a thread of its own.
+fn process_launch(shared: &Arc<Shared>, pid: i32, node: u32, image: ProcessImage, files: Vec<FileRef>) {
+    let shared = shared.clone();
+    crate::contact::spawn("launch", move || {
+        let result = shared.contact(node).and_then(|link| {
+            transfer(&shared, &link, pid, image, files).map_err(|e| format!("{e:#}"))?;
+            Ok(link)
+        });
+        shared.post(Command::LaunchReady { pid, result });
+    });
+}
+
+fn transfer(
+    _shared: &Shared,
+    link: &Link,
+    pid: i32,
+    image: ProcessImage,
+    files: Vec<FileRef>,
+) -> anyhow::Result<()> {
+    let areas = image.areas.clone();
+    let hostname = nix::unistd::gethostname()
+        .map(|h| h.into_encoded_bytes())
+        .unwrap_or_default();
+    send(
+        link,
+        pid,
+        Kind::Launch,
+        &wire::encode(&wire::Launch {
+            image,
+            files,
+            hostname,
+        }),
+    );
+    send_pages(link, pid, pid, &areas)?;
+    let body = wire::encode(&wire::Pid(pid));
+    let header = linklayer::frame::Header::new(Kind::LaunchBuild as u16, pid, link.next_seq());
+    let (_, answer) = link.call(pid as u32, header, &[&body])?;
+    let ready: wire::LaunchReady = wire::decode(&answer)?;
+    if !ready.refused.is_empty() {
+        anyhow::bail!("refused by the node: {}", ready.refused);
+    }
+    Ok(())
+}
+
+/// Sends the pages of a stopped process that cannot be had from its files.
+fn send_pages(link: &Link, pid: i32, lane: i32, areas: &[Area]) -> anyhow::Result<()> {
+    let memory = shim::memory::ProcessMemory::new(pid);
+    for area in areas.iter().filter(|a| !a.is_kernel()) {
+        for run in shim::capture::page_runs(pid, area).context("page map")? {
+            let mut at = run.start;
+            while at < run.end {
+                let len = ((run.end - at) as usize).min(PAGES_BYTES);
+                let mut data = vec![0; len];
+                memory
+                    .read_forced(at, &mut data)
+                    .with_context(|| format!("memory at {at:#x}"))?;
+                let header = linklayer::frame::Header::new(Kind::Pages as u16, pid, link.next_seq());
+                link.send(lane as u32, header, &[&at.to_le_bytes(), &data])?;
+                at += len as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The files that a process maps, as they are named to the other node.
+pub(crate) struct Namer<'a> {
+    shared: &'a Shared,
+    pid: i32,
+    by_inode: HashMap<(u64, u64), FileRef>,
+}
+
+impl<'a> Namer<'a> {
+    /// For the areas of this process.
+    pub(crate) fn new(shared: &'a Shared, pid: i32) -> Namer<'a> {
+        Namer {
+            shared,
+            pid,
+            by_inode: HashMap::new(),
+        }
+    }
+
+    /// The number of the file behind an area, which is opened for serving its content.
+    pub(crate) fn name(
+        &mut self,
+        start: u64,
+        end: u64,
+        dev: u64,
+        ino: u64,
+        path: &[u8],
+    ) -> anyhow::Result<u64> {
+        if let Some(file) = self.by_inode.get(&(dev, ino)) {
+            return Ok(file.id);
+        }
+        let file = self.open(start, end, dev, ino, path)?;
+        let file = self.shared.files.register(file, path.to_vec())?;
+        let id = file.id;
+        self.by_inode.insert((dev, ino), file);
+        Ok(id)
+    }
+
+    /// Opens the very file that is mapped: by its path in the process's own root if that still names it, else by the
+    /// mapping itself.
+    fn open(&self, start: u64, end: u64, dev: u64, ino: u64, path: &[u8]) -> anyhow::Result<std::fs::File> {
+        use std::os::unix::ffi::OsStrExt;
+        use std::os::unix::fs::MetadataExt;
+        let mut rooted = format!("/proc/{}/root", self.pid).into_bytes();
+        rooted.extend_from_slice(path);
+        let candidates = [
+            std::ffi::OsStr::from_bytes(&rooted).to_os_string(),
+            format!("/proc/{}/map_files/{start:x}-{end:x}", self.pid).into(),
+        ];
+        for candidate in candidates {
+            let Ok(file) = std::fs::File::open(&candidate) else {
+                continue;
+            };
+            let meta = file.metadata()?;
+            if (meta.dev(), meta.ino()) == (dev, ino) {
+                anyhow::ensure!(meta.is_file(), "maps a device");
+                return Ok(file);
+            }
+        }
+        anyhow::bail!(
+            "the mapped file {} cannot be opened",
+            String::from_utf8_lossy(path)
+        )
+    }
+
+    /// All files that were named.
+    pub(crate) fn files(self) -> Vec<FileRef> {
+        self.by_inode.into_values().collect()
+    }
+}
+
+/// Whether an area maps a file shared and writable.
+pub(crate) fn shared_writable(area: &Area) -> bool {
+    area.shared() && matches!(area.kind, AreaKind::File { .. }) && area.prot.writable()
+}

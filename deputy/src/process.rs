@@ -1,0 +1,199 @@
+//! A process of the job and its threads, as the tracer keeps them.
+
+use crate::entry::Breakpoint;
+use crossbeam_channel::Sender;
+use linklayer::image::SigAction;
+use linklayer::quic::Link;
+use linklayer::stay::StayReason;
+use linklayer::wire::{self, Kind};
+use shim::ptrace::Stopped;
+use shim::vessel::Vessel;
+
+use crate::shared::{ProcessView, ReplyTo};
+
+/// What a thread of the job is at home.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It runs its program at home.
+    Native,
+    /// It executes forwarded calls.
+    Worker,
+    /// It takes the vessel's signals.
+    Catcher,
+}
+
+/// A thread.
+pub struct Task {
+    /// Its id.
+    pub tid: i32,
+    /// Its process.
+    pub pid: i32,
+    /// What it is.
+    pub role: Role,
+    /// The call to be interrupted at its next stop: set by a request to interrupt.
+    pub interrupting: Option<u64>,
+    /// A clone in progress in it.
+    pub cloning: Option<Cloning>,
+    /// Where the answer to an exec in progress goes, and what the new image inherits.
+    pub executing: Option<(ReplyTo, wire::Exec)>,
+    /// Who waits for its end, and whether it is the process's last thread.
+    pub ending: Option<(ReplyTo, bool)>,
+    /// It is in a group-stop.
+    pub group_stopped: bool,
+}
+
+/// A clone that a vessel thread executes.
+pub struct Cloning {
+    /// Where the answer goes.
+    pub reply: ReplyTo,
+    /// What was asked.
+    pub request: wire::Clone,
+    /// The child's slot.
+    pub slot: Option<shim::vessel::Slot>,
+    /// The child, once its parent's event told.
+    pub child: Option<i32>,
+    /// The call's result, once it ended.
+    pub ret: Option<i64>,
+    /// The child is set up and waits in its stub.
+    pub ready: bool,
+}
+
+impl Task {
+    /// A running thread.
+    pub fn new(tid: i32, pid: i32, role: Role) -> Task {
+        Task {
+            tid,
+            pid,
+            role,
+            interrupting: None,
+            cloning: None,
+            executing: None,
+            ending: None,
+            group_stopped: false,
+        }
+    }
+}
+
+/// Where a process is and what is happening to it.
+pub enum Mode {
+    /// It runs at home.
+    Native,
+    /// It stands at its entry point while a guest is built from it.
+    Launching(Stopped, u32),
+    /// Its user half is away; here is its vessel.
+    Away(Away),
+}
+
+/// The home half of a process whose user half is away.
+pub struct Away {
+    /// The emptied process.
+    pub vessel: Vessel,
+    /// Node its guest runs on.
+    pub node: u32,
+    /// Contact to its supervisor.
+    pub link: Link,
+    /// The vessel is stopped by job control and the guest was told.
+    pub frozen: bool,
+    /// The image of a guest on its way home.
+    pub coming: Option<Box<wire::Homecoming>>,
+}
+
+/// A process.
+pub struct Process {
+    /// Its pid.
+    pub pid: i32,
+    /// Where it is.
+    pub mode: Mode,
+    /// The breakpoint at its entry point, while its loader runs.
+    pub breakpoint: Option<Breakpoint>,
+    /// The node it is to start on when it gets to its entry point.
+    pub target: Option<u32>,
+    /// Signal dispositions of the guest.
+    pub actions: Vec<SigAction>,
+    /// Why it is at home.
+    pub stay: Option<StayReason>,
+    /// How it got where it is.
+    pub how: &'static str,
+    /// The signal of which its guest died and it is to die.
+    pub dying: Option<i32>,
+    /// Who waits for it to come home.
+    pub waiters: Vec<Sender<Result<(), String>>>,
+}
+
+impl Process {
+    /// A process in this mode.
+    pub fn new(pid: i32, mode: Mode) -> Process {
+        let actions = vec![SigAction::default(); 64];
+        Process {
+            pid,
+            mode,
+            breakpoint: None,
+            target: None,
+            actions,
+            stay: None,
+            how: "started",
+            dying: None,
+            waiters: Vec::new(),
+        }
+    }
+
+    /// The node its user half is on; 0 is home.
+    pub fn node(&self) -> u32 {
+        match &self.mode {
+            Mode::Away(away) => away.node,
+            _ => 0,
+        }
+    }
+
+    /// Its home half, when its user half is away.
+    pub fn away(&mut self) -> Option<&mut Away> {
+        match &mut self.mode {
+            Mode::Away(away) => Some(away),
+            _ => None,
+        }
+    }
+
+    /// Tells the supervisor that the guest's process is no more.
+    pub fn discard_guest(&self) {
+        if let Mode::Away(away) = &self.mode {
+            send(
+                &away.link,
+                self.pid,
+                Kind::Discard,
+                &wire::encode(&wire::Pid(self.pid)),
+            );
+        }
+    }
+
+    /// Answers those who wait for it to come home: it did not.
+    pub fn fail_waiters(mut self, why: &str) {
+        for waiter in self.waiters.drain(..) {
+            let _ = waiter.send(Err(why.to_string()));
+        }
+    }
+
+    /// What others may know of it.
+    pub fn view(&self, forwarded: u64) -> ProcessView {
+        ProcessView {
+            pid: self.pid,
+            node: self.node(),
+            how: self.how.into(),
+            stay: self.stay.clone(),
+            forwarded,
+        }
+    }
+}
+
+/// Sends a message about a process on the lane of its pid. A lost contact is noticed elsewhere.
+pub fn send(link: &Link, pid: i32, kind: Kind, body: &[u8]) {
+    let header = linklayer::frame::Header {
+        kind: kind as u16,
+        flags: 0,
+        tid: pid,
+        seq: link.next_seq(),
+        len: body.len() as u32,
+    };
+    if let Err(e) = link.send(pid as u32, header, &[body]) {
+        tracing::debug!(pid, ?kind, error = %e, "message not sent");
+    }
+}

@@ -1,0 +1,197 @@
+//! What the tracer thread, the contact's threads and the waiters of a deputy share.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_channel::Sender;
+use linklayer::frame::Header;
+use linklayer::quic::{Handler, Link};
+use linklayer::stay::StayReason;
+use linklayer::wire;
+use nix::sys::eventfd::EventFd;
+use parking_lot::{Mutex, RwLock};
+
+use crate::calls::Worker;
+use crate::files::Files;
+
+/// What the deputy needs of the cluster; implemented by the program around it.
+pub trait Cluster: Send + Sync {
+    /// Where a program that was just executed is to run: a node's number, or `None` for home.
+    fn choose(&self) -> Option<u32>;
+    /// Opens a contact to a new supervisor of this job on a node. Blocks; the error is for people.
+    fn contact(&self, node: u32, handler: Arc<dyn Handler>) -> Result<Link, String>;
+}
+
+/// Where an answer goes.
+#[derive(Clone)]
+pub struct ReplyTo {
+    /// The contact the request came by.
+    pub link: Link,
+    /// Its lane.
+    pub lane: u32,
+    /// Its header.
+    pub header: Header,
+}
+
+impl ReplyTo {
+    /// Sends the answer. A lost contact is noticed elsewhere.
+    pub fn send(&self, parts: &[&[u8]]) {
+        let header = Header {
+            flags: linklayer::frame::flags::REPLY,
+            ..self.header
+        };
+        if let Err(e) = self.link.send(self.lane, header, parts) {
+            tracing::debug!(error = %e, "answer not sent");
+        }
+    }
+
+    /// Sends an errno.
+    pub fn errno(&self, errno: i32) {
+        self.send(&[&wire::encode(&wire::Errno(errno))]);
+    }
+}
+
+/// What is asked of the tracer thread.
+pub enum Command {
+    /// The supervisor built (or refused) a guest.
+    LaunchReady {
+        /// Process.
+        pid: i32,
+        /// Contact, or why not.
+        result: Result<Link, String>,
+    },
+    /// Create a child or thread.
+    Clone(ReplyTo, wire::Clone),
+    /// The vessel's clone call ended; with an error when `ret` is negative.
+    CloneEnded {
+        /// The thread that called.
+        tid: i32,
+        /// Its result.
+        ret: i64,
+    },
+    /// Execute a program.
+    Exec(ReplyTo, wire::Exec),
+    /// The vessel's exec call came back, so it failed.
+    ExecFailed {
+        /// The thread that called.
+        tid: i32,
+        /// Its result.
+        ret: i64,
+    },
+    /// A thread ends.
+    ExitThread(ReplyTo, i32),
+    /// A process ends.
+    ExitGroup(ReplyTo, i32),
+    /// A guest was killed by a signal of its own.
+    Died(wire::Died),
+    /// Interrupt a call in progress.
+    Interrupt(wire::Interrupt),
+    /// A process comes home.
+    Homecoming(ReplyTo, Box<wire::Homecoming>),
+    /// Its pages are all there.
+    HomeCommit(ReplyTo, i32),
+    /// It does not come.
+    MoveFailed(wire::MoveFailed),
+    /// A disposition changed.
+    Action(wire::Action),
+    /// Bring a process home; the answer tells when it is there, or why it is not.
+    Bring(i32, StayReason, Sender<Result<(), String>>),
+    /// The contact to a supervisor is gone.
+    Lost(u32, String),
+}
+
+/// Counters of one process, kept across its moves.
+#[derive(Default)]
+pub struct Counters {
+    /// Calls executed for its guests.
+    pub forwarded: AtomicU64,
+}
+
+/// State shared by all threads of a deputy.
+pub struct Shared {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    /// Vessel threads by tid.
+    pub workers: RwLock<HashMap<i32, Arc<Worker>>>,
+    /// Files that guests map.
+    pub files: Files,
+    /// Open contacts by node.
+    pub links: Mutex<HashMap<u32, Link>>,
+    /// The cluster.
+    pub cluster: Arc<dyn Cluster>,
+    /// What is known of the job's processes, for `mosps`.
+    pub table: Mutex<HashMap<i32, ProcessView>>,
+    /// Processes whose pages may be written because they are on their way home.
+    pub homecoming: Mutex<std::collections::HashSet<i32>>,
+    /// Last usage report of each node.
+    pub usage: Mutex<HashMap<u32, wire::Usage>>,
+}
+
+/// A process of the job as others may see it.
+#[derive(Clone, Debug)]
+pub struct ProcessView {
+    /// Process.
+    pub pid: i32,
+    /// Node it runs on; 0 is home.
+    pub node: u32,
+    /// How it got there, in words.
+    pub how: String,
+    /// Why it is at home, if it is.
+    pub stay: Option<StayReason>,
+    /// Forwarded calls so far.
+    pub forwarded: u64,
+}
+
+impl Shared {
+    /// The shared state and the tracer's end of it.
+    pub fn new(commands: Sender<Command>, wake: Arc<EventFd>, cluster: Arc<dyn Cluster>) -> Arc<Shared> {
+        Arc::new(Shared {
+            commands,
+            wake,
+            workers: RwLock::default(),
+            files: Files::default(),
+            links: Mutex::default(),
+            cluster,
+            table: Mutex::default(),
+            homecoming: Mutex::default(),
+            usage: Mutex::default(),
+        })
+    }
+
+    /// Hands a command to the tracer thread.
+    pub fn post(&self, command: Command) {
+        // The receiver lives as long as the tracer; after it nothing is left to do.
+        let _ = self.commands.send(command);
+        let _ = self.wake.write(1);
+    }
+
+    /// The worker of a thread.
+    pub fn worker(&self, tid: i32) -> Option<Arc<Worker>> {
+        self.workers.read().get(&tid).cloned()
+    }
+
+    /// Counts a forwarded call.
+    pub fn count(&self, pid: i32) {
+        if let Some(view) = self.table.lock().get_mut(&pid) {
+            view.forwarded += 1;
+        }
+    }
+
+    /// The contact to a node, opened when there is none.
+    pub fn contact(self: &Arc<Self>, node: u32) -> Result<Link, String> {
+        if let Some(link) = self.links.lock().get(&node) {
+            return Ok(link.clone());
+        }
+        let handler = Arc::new(crate::contact::Contact::new(self.clone(), node));
+        let link = self.cluster.contact(node, handler)?;
+        self.links.lock().insert(node, link.clone());
+        Ok(link)
+    }
+}
+
+/// A counter for ids that are unique in this deputy.
+pub fn next_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}

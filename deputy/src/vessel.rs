@@ -1,0 +1,485 @@
+//! The vessel's life: children, exec, exit, signals, interruption, as its guest asks for them.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use crossbeam_channel::Sender;
+use linklayer::image::{AreaKind, ProcessImage, SigAction};
+use linklayer::stay::StayReason;
+use linklayer::syscall::CallView;
+use linklayer::wire::{self, FileRef, Kind};
+use parking_lot::Mutex;
+use shim::ptrace::{self, Stop, Stopped};
+use shim::vessel::{Slot, Vessel};
+
+use crate::calls::{self, Worker};
+use crate::home::Home;
+use crate::launch::Namer;
+use crate::process::{Away, Cloning, Mode, Process, Role, Task, send};
+use crate::shared::ReplyTo;
+use crate::signals;
+
+impl Home {
+    /// Describes a stopped single-threaded process for another node.
+    pub(crate) fn describe(
+        &mut self,
+        pid: i32,
+        stopped: Stopped,
+    ) -> (Stopped, anyhow::Result<(ProcessImage, Vec<FileRef>)>) {
+        let shared = self.shared.clone();
+        let mut namer = Namer::new(&shared, pid);
+        let mut threads = vec![stopped];
+        let described = shim::capture::describe(pid, &mut threads, |f| {
+            namer
+                .name(f.start, f.end, f.dev, f.ino, f.path)
+                .map_err(|e| format!("{e:#}"))
+        });
+        let stopped = threads.remove(0);
+        let described = described.map_err(anyhow::Error::from).and_then(|image| {
+            if let Some(reason) = unmovable(&image) {
+                anyhow::bail!("{reason}");
+            }
+            Ok((image, namer.files()))
+        });
+        (stopped, described)
+    }
+
+    /// Turns a process that stands at its entry point into a vessel. When that fails while the process is whole, it is
+    /// given back.
+    pub(crate) fn empty(
+        &mut self,
+        pid: i32,
+        stopped: Stopped,
+    ) -> Result<Vessel, (Option<Stopped>, shim::vessel::VesselError)> {
+        let (vessel, parts) = Vessel::convert(stopped, &self.arena)?;
+        for (tid, slot) in parts.workers {
+            self.add_worker(pid, tid, slot);
+        }
+        self.tasks
+            .insert(parts.catcher, Task::new(parts.catcher, pid, Role::Catcher));
+        if let Some(process) = self.processes.get_mut(&pid) {
+            process.actions = parts.actions;
+        }
+        Ok(vessel)
+    }
+
+    pub(crate) fn add_worker(&mut self, pid: i32, tid: i32, slot: Slot) {
+        self.tasks.insert(tid, Task::new(tid, pid, Role::Worker));
+        let worker = Arc::new(Worker {
+            tid,
+            pid,
+            slot,
+            current: Mutex::new(None),
+        });
+        self.shared.workers.write().insert(tid, worker);
+    }
+
+    /// A thread of a vessel stopped.
+    pub(crate) fn vessel_stop(&mut self, pid: i32, tid: i32, stopped: Stopped) -> anyhow::Result<()> {
+        match stopped.stop() {
+            Stop::Signal(sig) => self.vessel_signal(pid, tid, sig, stopped),
+            Stop::Group(_) => {
+                if let Some(task) = self.tasks.get_mut(&tid) {
+                    task.group_stopped = true;
+                }
+                stopped.listen()?;
+                let process = self.processes.get_mut(&pid).context("process of the vessel")?;
+                if let Some(away) = process.away().filter(|a| !a.frozen) {
+                    away.frozen = true;
+                    send(&away.link, pid, Kind::Freeze, &wire::encode(&wire::Pid(pid)));
+                }
+                Ok(())
+            }
+            Stop::Fork(child) | Stop::Vfork(child) | Stop::Clone(child) => {
+                let task = self.tasks.get_mut(&tid).context("thread that clones")?;
+                if let Some(cloning) = task.cloning.as_mut() {
+                    cloning.child = Some(child);
+                }
+                stopped.cont(0)?;
+                self.child_appears(tid)
+            }
+            Stop::Interrupt => self.vessel_interrupted(pid, tid, stopped),
+            _ => Ok(stopped.cont(0)?),
+        }
+    }
+
+    fn vessel_signal(&mut self, pid: i32, tid: i32, sig: i32, stopped: Stopped) -> anyhow::Result<()> {
+        let process = self.processes.get_mut(&pid).context("process of the vessel")?;
+        let default = process
+            .actions
+            .get(sig as usize - 1)
+            .is_none_or(|a| a.handler == 0);
+        if process.dying == Some(sig) || (signals::stops(sig) && (default || sig == libc::SIGSTOP)) {
+            // The kernel at home does what the signal does by default.
+            return Ok(stopped.cont(sig)?);
+        }
+        let info = stopped.siginfo()?;
+        if let Some(away) = process.away() {
+            let body = wire::Signal {
+                pid,
+                tid: 0,
+                signal: sig,
+                info: info.0.to_vec(),
+            };
+            signals::send(&away.link, pid as u32, &body);
+        }
+        let _ = tid;
+        Ok(stopped.cont(0)?)
+    }
+
+    fn vessel_interrupted(&mut self, pid: i32, tid: i32, mut stopped: Stopped) -> anyhow::Result<()> {
+        let task = self.tasks.get_mut(&tid).context("thread of the vessel")?;
+        let interrupting = task.interrupting.take();
+        let resumed = std::mem::take(&mut task.group_stopped);
+        if let Some(seq) = interrupting {
+            let worker = self.shared.worker(tid).context("worker")?;
+            if *worker.current.lock() == Some(seq) {
+                Vessel::abort_call(&mut stopped, &worker.slot)?;
+            }
+        }
+        stopped.cont(0)?;
+        if resumed {
+            let process = self.processes.get_mut(&pid).context("process of the vessel")?;
+            if let Some(away) = process.away().filter(|a| a.frozen) {
+                away.frozen = false;
+                send(&away.link, pid, Kind::Thaw, &wire::encode(&wire::Pid(pid)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Interrupts a call in progress: it ends in its slot with the kernel's raw restart code, or with its result when
+    /// that was faster.
+    pub(crate) fn interrupt(&mut self, request: wire::Interrupt) -> anyhow::Result<()> {
+        let Some(worker) = self.shared.worker(request.tid) else {
+            return Ok(());
+        };
+        if *worker.current.lock() != Some(request.seq) {
+            return Ok(());
+        }
+        if let Some(task) = self.tasks.get_mut(&request.tid) {
+            task.interrupting = Some(request.seq);
+            ptrace::interrupt(request.tid)?;
+        }
+        Ok(())
+    }
+
+    // --- children and threads
+
+    pub(crate) fn clone_in_vessel(&mut self, reply: ReplyTo, request: wire::Clone) -> anyhow::Result<()> {
+        let tid = reply.header.tid;
+        let (Some(worker), Some(task)) = (self.shared.worker(tid), self.tasks.get_mut(&tid)) else {
+            return Ok(());
+        };
+        let slot = match self.arena.allocate() {
+            Ok(slot) => slot,
+            Err(e) => {
+                tracing::error!(error = %e, "no slot for a child");
+                let body = wire::CloneReply {
+                    tid: -i64::from(libc::EAGAIN),
+                    pidfd: -1,
+                };
+                reply.send(&[&wire::encode(&body)]);
+                return Ok(());
+            }
+        };
+        worker.slot.post_clone(request.flags, request.exit_signal, &slot);
+        task.cloning = Some(Cloning {
+            reply,
+            request,
+            slot: Some(slot),
+            child: None,
+            ret: None,
+            ready: false,
+        });
+        calls::watch_clone(&self.shared, worker);
+        Ok(())
+    }
+
+    pub(crate) fn clone_ended(&mut self, tid: i32, ret: i64) -> anyhow::Result<()> {
+        let Some(cloning) = self.tasks.get_mut(&tid).and_then(|t| t.cloning.as_mut()) else {
+            return Ok(());
+        };
+        cloning.ret = Some(ret);
+        self.child_appears(tid)
+    }
+
+    /// A stopped child whose parent may have told of it by now.
+    pub(crate) fn stray_appears(&mut self, child: i32) -> anyhow::Result<()> {
+        let parent = self
+            .tasks
+            .values()
+            .find(|t| t.cloning.as_ref().is_some_and(|c| c.child == Some(child)));
+        match parent.map(|t| t.tid) {
+            Some(tid) => self.child_appears(tid),
+            None => Ok(()),
+        }
+    }
+
+    /// Goes on with a clone as far as the events that have been seen allow: the child is set up when its parent told
+    /// its id and it has stopped; the answer is sent when also the parent's call has ended.
+    fn child_appears(&mut self, tid: i32) -> anyhow::Result<()> {
+        let Some(task) = self.tasks.get_mut(&tid) else {
+            return Ok(());
+        };
+        let pid = task.pid;
+        let Some(cloning) = task.cloning.as_mut() else {
+            return Ok(());
+        };
+        if let Some(ret) = cloning.ret.filter(|r| *r < 0) {
+            let body = wire::CloneReply { tid: ret, pidfd: -1 };
+            cloning.reply.send(&[&wire::encode(&body)]);
+            task.cloning = None;
+            return Ok(());
+        }
+        if !cloning.ready {
+            let Some(child) = cloning.child else { return Ok(()) };
+            let Some(stray) = self.strays.remove(&child) else {
+                return Ok(());
+            };
+            cloning.ready = true;
+            let slot = cloning.slot.take().context("slot of the child")?;
+            let flags = cloning.request.flags;
+            let reply = cloning.reply.clone();
+            self.set_up_child(pid, child, flags, stray, slot, &reply)?;
+        }
+        let Some(cloning) = self.tasks.get_mut(&tid).and_then(|t| t.cloning.as_mut()) else {
+            return Ok(());
+        };
+        if let (Some(child), Some(_), true) = (cloning.child, cloning.ret, cloning.ready) {
+            let pidfd = if cloning.request.flags & libc::CLONE_PIDFD as u64 != 0 {
+                self.shared.worker(tid).map_or(-1, |w| w.slot.clone_pidfd())
+            } else {
+                -1
+            };
+            let body = wire::CloneReply {
+                tid: i64::from(child),
+                pidfd,
+            };
+            cloning.reply.send(&[&wire::encode(&body)]);
+            if let Some(task) = self.tasks.get_mut(&tid) {
+                task.cloning = None;
+            }
+        }
+        Ok(())
+    }
+
+    fn set_up_child(
+        &mut self,
+        parent: i32,
+        child: i32,
+        flags: u64,
+        stray: Stopped,
+        slot: Slot,
+        reply: &ReplyTo,
+    ) -> anyhow::Result<()> {
+        if flags & libc::CLONE_THREAD as u64 != 0 {
+            self.add_worker(parent, child, slot);
+            stray.cont(0)?;
+            return Ok(());
+        }
+        let process = self.processes.get_mut(&parent).context("parent of the child")?;
+        let actions = process.actions.clone();
+        let away = process.away().context("vessel of the parent")?;
+        let node = away.node;
+        let (mut vessel, stray, catcher) = Vessel::adopt_child(stray)?;
+        vessel.shares_memory = flags & libc::CLONE_VM as u64 != 0;
+        let mut born = Process::new(
+            child,
+            Mode::Away(Away {
+                vessel,
+                node,
+                link: reply.link.clone(),
+                frozen: false,
+                coming: None,
+            }),
+        );
+        born.actions = actions;
+        born.how = "forked there";
+        self.processes.insert(child, born);
+        self.add_worker(child, child, slot);
+        self.tasks
+            .insert(catcher, Task::new(catcher, child, Role::Catcher));
+        self.publish(child);
+        stray.cont(0)?;
+        Ok(())
+    }
+
+    // --- exec and exit
+
+    pub(crate) fn exec_in_vessel(&mut self, reply: ReplyTo, request: wire::Exec) -> anyhow::Result<()> {
+        let tid = reply.header.tid;
+        let Some(worker) = self.shared.worker(tid) else {
+            return Ok(());
+        };
+        let posted = CallView::parse(&request.call).and_then(|view| {
+            let known = [libc::SYS_execve as u32, libc::SYS_execveat as u32].contains(&view.nr);
+            let args = calls::place(&worker.slot, &view)?;
+            Ok((known, view.nr, args))
+        });
+        match posted {
+            Ok((true, nr, args)) => worker.slot.post(u64::from(nr), args),
+            Ok((false, ..)) => {
+                reply.errno(libc::EPROTO);
+                return Ok(());
+            }
+            Err(e) => {
+                tracing::error!(error = %e, "exec");
+                reply.errno(libc::EPROTO);
+                return Ok(());
+            }
+        }
+        if let Some(task) = self.tasks.get_mut(&tid) {
+            task.executing = Some((reply, request));
+        }
+        calls::watch_exec(&self.shared, worker);
+        Ok(())
+    }
+
+    pub(crate) fn exec_failed(&mut self, tid: i32, ret: i64) -> anyhow::Result<()> {
+        let Some((reply, _)) = self.tasks.get_mut(&tid).and_then(|t| t.executing.take()) else {
+            return Ok(());
+        };
+        reply.errno(i32::try_from(-ret).unwrap_or(libc::EIO));
+        Ok(())
+    }
+
+    pub(crate) fn exit_thread(&mut self, reply: ReplyTo, code: i32) -> anyhow::Result<()> {
+        let tid = reply.header.tid;
+        let Some(worker) = self.shared.workers.write().remove(&tid) else {
+            return Ok(());
+        };
+        let last = !self
+            .tasks
+            .values()
+            .any(|t| t.pid == worker.pid && t.role == Role::Worker && t.tid != tid);
+        if last {
+            // The catcher would keep the process alive.
+            self.post_end(&worker, libc::SYS_exit_group, code);
+        } else {
+            self.post_end(&worker, libc::SYS_exit, code);
+        }
+        if tid == worker.pid && !last {
+            // A leader that ends first stays as a zombie, and its tracer is not told.
+            reply.errno(0);
+        } else if let Some(task) = self.tasks.get_mut(&tid) {
+            task.ending = Some((reply, last));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn exit_group(&mut self, reply: ReplyTo, code: i32) -> anyhow::Result<()> {
+        let Some(worker) = self.shared.worker(reply.header.tid) else {
+            return Ok(());
+        };
+        self.post_end(&worker, libc::SYS_exit_group, code);
+        reply.errno(0);
+        Ok(())
+    }
+
+    fn post_end(&self, worker: &Worker, nr: i64, code: i32) {
+        worker.slot.post(nr as u64, [code as u64, 0, 0, 0, 0, 0]);
+    }
+
+    /// The guest was killed by a signal of its own: its process dies of the same.
+    pub(crate) fn die(&mut self, pid: i32, signal: i32) -> anyhow::Result<()> {
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Ok(());
+        };
+        if !(1..=64).contains(&signal) {
+            return Ok(());
+        }
+        process.dying = Some(signal);
+        let target = self
+            .tasks
+            .values()
+            .find(|t| t.pid == pid && t.role == Role::Catcher)
+            .map(|t| t.tid);
+        let worker = self
+            .tasks
+            .values()
+            .find(|t| t.pid == pid && t.role == Role::Worker)
+            .map(|t| t.tid);
+        let (Some(target), Some(worker)) = (target, worker.and_then(|w| self.shared.worker(w))) else {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
+            return Ok(());
+        };
+        if worker.current.lock().is_none() && signal != libc::SIGKILL {
+            worker.slot.write(0, &[0; 32]);
+            let base = worker.slot.data_address();
+            calls::plain(&worker, libc::SYS_rt_sigaction, [signal as u64, base, 0, 8, 0, 0]);
+        }
+        // Only the flag that a core was dumped is wanted, not the vessel's memory.
+        let _ = std::fs::write(format!("/proc/{pid}/coredump_filter"), "0");
+        shim::signal::kill_thread(pid, target, signal)?;
+        Ok(())
+    }
+
+    /// Keeps the vessel's disposition equal to the guest's: what is ignored decides what the kernel does with children,
+    /// terminals and exec.
+    pub(crate) fn action(&mut self, change: wire::Action) -> anyhow::Result<()> {
+        let Some(process) = self.processes.get_mut(&change.pid) else {
+            return Ok(());
+        };
+        let [handler, flags, restorer, mask] = change.action;
+        if let Some(action) = process.actions.get_mut((change.signal - 1).max(0) as usize) {
+            *action = SigAction {
+                handler,
+                flags,
+                restorer,
+                mask,
+            };
+        }
+        Ok(())
+    }
+
+    // --- coming home
+
+    pub(crate) fn bring(
+        &mut self,
+        pid: i32,
+        reason: StayReason,
+        done: Sender<Result<(), String>>,
+    ) -> anyhow::Result<()> {
+        let Some(process) = self.processes.get_mut(&pid) else {
+            let _ = done.send(Err(format!("process {pid} is not one of this job")));
+            return Ok(());
+        };
+        match &process.mode {
+            Mode::Native => {
+                let _ = done.send(Ok(()));
+            }
+            Mode::Launching(..) => {
+                let _ = done.send(Err(format!("process {pid} is being moved at this moment")));
+            }
+            Mode::Away(away) => {
+                send(
+                    &away.link,
+                    pid,
+                    Kind::Bring,
+                    &wire::encode(&wire::Bring { pid, reason }),
+                );
+                process.waiters.push(done);
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn move_failed(&mut self, failed: wire::MoveFailed) -> anyhow::Result<()> {
+        if let Some(process) = self.processes.get_mut(&failed.pid) {
+            for waiter in process.waiters.drain(..) {
+                let _ = waiter.send(Err(failed.why.clone()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What in an image forbids to build it elsewhere.
+fn unmovable(image: &ProcessImage) -> Option<StayReason> {
+    image.areas.iter().find_map(|area| match area.kind {
+        AreaKind::SharedAnon { .. } => Some(StayReason::SharedMemory),
+        _ if crate::launch::shared_writable(area) => Some(StayReason::SharedMapping),
+        _ => None,
+    })
+}
