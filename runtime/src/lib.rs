@@ -7,6 +7,7 @@ pub mod control;
 pub mod job_id;
 pub mod jobs;
 pub mod lab;
+pub mod launcher;
 pub mod placement;
 pub mod rundir;
 pub mod supervisor;

@@ -5,11 +5,40 @@
 //! is in a session of its own, and lives until its job ends or its contact is lost for good. A restart of `mosd` does
 //! not touch it.
 
+mod build;
+mod calls;
+mod clone;
+mod contact;
+pub mod files;
+mod guest;
 pub mod handshake;
+mod homeward;
+mod notify;
+mod proc_files;
+mod shared;
+mod split;
+mod tracer;
 
 pub use handshake::{
     SupervisorAnswer, SupervisorConfig, SupervisorLimits, SupervisorReady, answer_and_detach,
 };
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use linklayer::frame::Header;
+use linklayer::quic::{Fingerprint, LinkListener, OneTimeKey, Options};
+use linklayer::wire::{self, Kind};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signal::{SigSet, Signal};
+
+/// How long a deputy may take from asking for a supervisor to its first packet.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What files may take of this node's memory without [`SupervisorLimits::max_memory_bytes`], bytes.
+const FILES_LIMIT_BYTES: u64 = 2 << 30;
 
 /// Runs the supervisor of one job, in a process that has the job's user already, until the job has ended.
 ///
@@ -18,7 +47,56 @@ pub use handshake::{
 /// # Errors
 /// What made it impossible to serve the job; `mosd` was told when it had not been answered before.
 pub fn run(config: SupervisorConfig) -> anyhow::Result<()> {
-    let why = format!("job {}: this build of mosd cannot hold guests", config.job);
-    answer_and_detach(&SupervisorAnswer::Failed(why.clone()))?;
-    anyhow::bail!(why)
+    // Every thread inherits it: the tracer takes SIGCHLD from a descriptor.
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGCHLD);
+    set.thread_block()?;
+    shim::process::raise_nofile();
+    let listening = (|| {
+        let key = OneTimeKey::generate()?;
+        let fingerprint = key.fingerprint();
+        let listener = LinkListener::bind(SocketAddr::new(config.listen, 0), key)?;
+        anyhow::Ok((listener, fingerprint))
+    })();
+    let (listener, fingerprint) = match listening {
+        Ok(l) => l,
+        Err(e) => {
+            answer_and_detach(&SupervisorAnswer::Failed(format!("{e:#}")))?;
+            return Err(e);
+        }
+    };
+    let ready = SupervisorReady {
+        addr: listener.local_addr(),
+        fingerprint: fingerprint.0,
+        pid: std::process::id(),
+    };
+    answer_and_detach(&SupervisorAnswer::Ready(ready))?;
+
+    let (send, receive) = crossbeam_channel::unbounded();
+    let wake = Arc::new(EventFd::from_flags(
+        EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
+    )?);
+    let files_limit = config
+        .limits
+        .max_memory_bytes
+        .map_or(FILES_LIMIT_BYTES, |m| m / 2);
+    let shared = Arc::new(shared::Shared::new(send, wake.clone(), config.uid, files_limit));
+    let contact = Arc::new(contact::Contact::new(shared.clone()));
+    let peer = Fingerprint(config.peer_fingerprint);
+    let link = listener
+        .accept(peer, contact, ACCEPT_TIMEOUT, Options::default())
+        .context("waiting for home")?;
+    shared.set_link(link.clone());
+    let hello = wire::encode(&wire::Hello {
+        version: wire::PROTOCOL_VERSION,
+        node: config.node,
+    });
+    link.send(0, Header::new(Kind::Hello as u16, 0, link.next_seq()), &[&hello])?;
+
+    let mut tracer = tracer::Tracer::new(shared, receive, wake, config)?;
+    let why = tracer.run()?;
+    tracing::info!(why, "ends");
+    tracer.tear_down();
+    link.close();
+    Ok(())
 }

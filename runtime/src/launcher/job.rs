@@ -1,0 +1,424 @@
+//! The deputy's process: finds the node, opens the contact, attaches, serves.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use deputy::{Cluster, Deputy, Shared};
+use linklayer::frame::Header;
+use linklayer::quic::{Fingerprint, Handler, Link, OneTimeKey, Options};
+use linklayer::stay::StayReason;
+use linklayer::wire::{self, Kind};
+use parking_lot::Mutex;
+
+use crate::cli::mosrun::Args;
+use crate::cluster::state::{NodeState, NodeStatus};
+use crate::control::{Client, SupervisorRequest};
+use crate::job_id::JobId;
+use crate::jobs::{Arrival, Counters, JobControl, JobInfo, JobServer, ProcInfo};
+use crate::placement::{self, Place, Want};
+use crate::rundir;
+
+/// How long what is known of the nodes serves for placing programs at exec.
+const NODES_FRESH: Duration = Duration::from_millis(500);
+
+/// Where the deputy says what it does.
+pub(super) enum Log {
+    /// Nowhere.
+    None,
+    /// The program's standard error (with -v).
+    Stderr(File, tracing::Level),
+    /// A file.
+    File(File, tracing::Level),
+}
+
+impl Log {
+    /// As the options say.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub(super) fn open(args: &Args) -> anyhow::Result<Log> {
+        let level = match args.verbose {
+            0 => tracing::Level::INFO,
+            1 => tracing::Level::DEBUG,
+            _ => tracing::Level::TRACE,
+        };
+        if let Some(path) = &args.log {
+            let file = File::options()
+                .append(true)
+                .create(true)
+                .open(path)
+                .with_context(|| format!("cannot write the log {}", path.display()))?;
+            return Ok(Log::File(file, level));
+        }
+        if args.verbose == 0 && !args.warn {
+            return Ok(Log::None);
+        }
+        let level = if args.verbose == 0 {
+            tracing::Level::WARN
+        } else {
+            level
+        };
+        let stderr = nix::unistd::dup(std::io::stderr()).context("standard error")?;
+        Ok(Log::Stderr(stderr.into(), level))
+    }
+
+    /// The descriptor to keep.
+    pub(super) fn descriptor(&self) -> Option<RawFd> {
+        match self {
+            Log::None => None,
+            Log::Stderr(f, _) | Log::File(f, _) => Some(f.as_raw_fd()),
+        }
+    }
+
+    fn start(self) {
+        let (file, level) = match self {
+            Log::None => return,
+            Log::Stderr(f, l) | Log::File(f, l) => (f, l),
+        };
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(level)
+            .with_target(false)
+            .with_ansi(false)
+            .with_writer(std::sync::Mutex::new(file))
+            .finish();
+        let _ = tracing::subscriber::set_global_default(subscriber);
+    }
+}
+
+/// The deputy's main function; its process ends when it returns.
+pub(super) fn deputy(args: &Args, program: i32, mut socket: UnixStream, log: Log, keep: &[RawFd]) {
+    let verdict = shim::process::close_all_but(keep)
+        .context("descriptors")
+        .and_then(|()| {
+            std::env::set_current_dir("/")?;
+            shim::process::raise_nofile();
+            log.start();
+            socket.write_all(&std::process::id().to_le_bytes())?;
+            socket.read_exact(&mut [0])?;
+            attach(args, program)
+        });
+    match verdict {
+        Ok(None) => {
+            let _ = socket.write_all(b"N");
+        }
+        Ok(Some(ready)) => {
+            if socket.write_all(b"T").is_err() {
+                return;
+            }
+            drop(socket);
+            ready.serve();
+        }
+        Err(e) => {
+            let _ = socket.write_all(format!("E{e:#}").as_bytes());
+        }
+    }
+}
+
+/// A deputy that has attached.
+struct Ready {
+    deputy: Deputy,
+    control: Arc<Control>,
+}
+
+impl Ready {
+    fn serve(self) {
+        let path = rundir::job_socket(&rundir::path(), std::process::id());
+        let server = JobServer::start(&path, self.control)
+            .inspect_err(|e| tracing::warn!(error = %e, "the job cannot be listed"));
+        if let Err(e) = self.deputy.serve() {
+            tracing::error!(error = format!("{e:#}"), "the deputy fails; its processes end");
+        }
+        drop(server);
+        tracing::info!("the job has ended");
+    }
+}
+
+/// Decides where the program starts and attaches to it; `None` when it is to run here without a deputy.
+fn attach(args: &Args, program: i32) -> anyhow::Result<Option<Ready>> {
+    let want = args.want();
+    let may_stay = args.fallback || matches!(want, Want::Best);
+    let mut client = match Client::connect() {
+        Ok(c) => c,
+        Err(e) if may_stay => {
+            notice(args, &e);
+            return Ok(None);
+        }
+        Err(e) => return Err(e.into()),
+    };
+    let nodes = client.nodes()?;
+    let places = match placement::place(&want, &nodes, rand::random()) {
+        Ok(p) => p,
+        Err(e) if may_stay => {
+            notice(args, &e);
+            return Ok(None);
+        }
+        Err(e) => return Err(e.into()),
+    };
+    let others = nodes.iter().any(|n| !n.is_self && n.status == NodeStatus::Alive);
+    let first = places.first().copied().unwrap_or(Place::Home);
+    if first == Place::Home && (!others || !matches!(want, Want::Best)) {
+        return Ok(None);
+    }
+    let home = nodes.iter().find(|n| n.is_self).map_or(0, |n| n.number);
+    let job = JobId::new(home, std::process::id());
+    let placer = Arc::new(Placer {
+        want: want.clone(),
+        job,
+        home,
+        key: OneTimeKey::generate()?,
+        state: Mutex::new(Known {
+            nodes,
+            at: Instant::now(),
+            first: None,
+        }),
+    });
+    let mut deputy = Deputy::new(placer.clone())?;
+    let shared = deputy.shared();
+    for place in &places {
+        let Place::Node(node) = *place else { break };
+        match shared.contact(node) {
+            Ok(_) => {
+                placer.state.lock().first = Some(node);
+                break;
+            }
+            Err(why) if matches!(want, Want::Best | Want::Drawn(_)) => {
+                tracing::warn!(node, why, "node passed over");
+            }
+            Err(why) if args.fallback => {
+                notice(args, &why);
+                return Ok(None);
+            }
+            Err(why) => anyhow::bail!("node {node}: {why}"),
+        }
+    }
+    if matches!(want, Want::Drawn(_)) && placer.state.lock().first.is_none() {
+        anyhow::bail!("none of the drawn nodes takes the program");
+    }
+    deputy.seize(program)?;
+    let control = Arc::new(Control {
+        shared,
+        job,
+        home,
+        main: program as u32,
+        want,
+        started_unix_ms: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_millis() as u64),
+        rates: Mutex::default(),
+    });
+    Ok(Some(Ready { deputy, control }))
+}
+
+fn notice(args: &Args, why: &dyn std::fmt::Display) {
+    if args.fallback || args.verbose > 0 {
+        tracing::warn!("{why}; the program runs here");
+    }
+}
+
+struct Known {
+    nodes: Vec<NodeState>,
+    at: Instant,
+    /// The node that answered before the program began: its first image goes there.
+    first: Option<u32>,
+}
+
+/// The cluster as the deputy uses it.
+struct Placer {
+    want: Want,
+    job: JobId,
+    home: u32,
+    key: OneTimeKey,
+    state: Mutex<Known>,
+}
+
+impl Cluster for Placer {
+    fn choose(&self) -> Option<u32> {
+        let mut known = self.state.lock();
+        if let Some(first) = known.first.take() {
+            if matches!(self.want, Want::Node(_)) {
+                known.first = Some(first);
+            }
+            return Some(first);
+        }
+        if known.at.elapsed() > NODES_FRESH {
+            match Client::connect().and_then(|mut c| c.nodes()) {
+                Ok(nodes) => known.nodes = nodes,
+                Err(e) => tracing::debug!(error = %e, "nodes not known anew"),
+            }
+            known.at = Instant::now();
+        }
+        let places = placement::place(&self.want, &known.nodes, rand::random()).ok()?;
+        match places.first() {
+            Some(Place::Node(node)) => Some(*node),
+            _ => None,
+        }
+    }
+
+    fn contact(&self, node: u32, handler: Arc<dyn Handler>) -> Result<Link, String> {
+        let open = || -> anyhow::Result<Link> {
+            let fingerprint = self.key.fingerprint().0;
+            let request = SupervisorRequest {
+                node,
+                job: self.job,
+                peer_fingerprint: fingerprint,
+            };
+            let placement = Client::connect()?.request_supervisor(request)?;
+            let peer = Fingerprint(placement.fingerprint);
+            let link = Link::connect(placement.addr, &self.key, peer, handler, Options::default())?;
+            let hello = wire::encode(&wire::Hello {
+                version: wire::PROTOCOL_VERSION,
+                node: self.home,
+            });
+            link.send(0, Header::new(Kind::Hello as u16, 0, link.next_seq()), &[&hello])?;
+            Ok(link)
+        };
+        open().map_err(|e| format!("{e:#}"))
+    }
+}
+
+/// The job as `mosps` and `mosmigrate` see it.
+struct Control {
+    shared: Arc<Shared>,
+    job: JobId,
+    home: u32,
+    main: u32,
+    want: Want,
+    started_unix_ms: u64,
+    /// Calls of each process at the last look, for the rate.
+    rates: Mutex<std::collections::HashMap<i32, (Instant, u64)>>,
+}
+
+impl JobControl for Control {
+    fn list(&self) -> JobInfo {
+        let usage = self.shared.usage.lock().clone();
+        let table = self.shared.table.lock().clone();
+        let mut rates = self.rates.lock();
+        rates.retain(|pid, _| table.contains_key(pid));
+        let mut totals = Counters::default();
+        for u in usage.values() {
+            totals.cache_hits += u.cache_hits;
+            totals.cache_misses += u.cache_misses;
+            totals.cache_invalidations += u.cache_invalidations;
+        }
+        let mut processes: Vec<ProcInfo> = table
+            .values()
+            .map(|view| {
+                let stat = Stat::read(view.pid);
+                let there = usage
+                    .values()
+                    .flat_map(|u| &u.guests)
+                    .find(|g| g.pid == view.pid && view.node != 0);
+                let now = Instant::now();
+                let (then, before) = rates
+                    .insert(view.pid, (now, view.forwarded))
+                    .unwrap_or((now, view.forwarded));
+                let seconds = now.duration_since(then).as_secs_f64();
+                totals.calls_forwarded += view.forwarded;
+                ProcInfo {
+                    pid: view.pid as u32,
+                    ppid: stat.ppid,
+                    comm: stat.comm,
+                    node: view.node,
+                    home: self.home,
+                    arrival: self.arrival(view),
+                    threads: stat.threads,
+                    rss_bytes: there.map_or(stat.rss_bytes, |g| g.rss_bytes),
+                    cpu_ms: stat.cpu_ms + there.map_or(0, |g| g.utime_ms + g.stime_ms),
+                    counters: Counters {
+                        calls_forwarded: view.forwarded,
+                        ..Counters::default()
+                    },
+                    calls_per_s: if seconds > 0.01 {
+                        (view.forwarded - before) as f64 / seconds
+                    } else {
+                        0.0
+                    },
+                    stay: view
+                        .stay
+                        .as_ref()
+                        .filter(|_| view.node == 0)
+                        .map(ToString::to_string),
+                }
+            })
+            .collect();
+        processes.sort_by_key(|p| p.pid);
+        JobInfo {
+            id: self.job,
+            front_pid: self.main,
+            deputy_pid: std::process::id(),
+            main_pid: self.main,
+            uid: nix::unistd::geteuid().as_raw(),
+            started_unix_ms: self.started_unix_ms,
+            processes,
+            totals,
+        }
+    }
+
+    fn migrate(&self, pid: u32, to: u32) -> Result<(), String> {
+        if to != crate::jobs::HOME && to != self.home {
+            let now = self.shared.table.lock().get(&(pid as i32)).map(|v| v.node);
+            return match now {
+                Some(node) if node == to => Ok(()),
+                _ => Err(format!(
+                    "process {pid} can be brought home; moving a running process to a node is not possible yet"
+                )),
+            };
+        }
+        let (done, wait) = crossbeam_channel::bounded(1);
+        self.shared
+            .post(deputy::Command::Bring(pid as i32, StayReason::Asked, done));
+        wait.recv_timeout(Duration::from_secs(300))
+            .map_err(|_| format!("process {pid} did not arrive in 300 s"))?
+    }
+}
+
+impl Control {
+    fn arrival(&self, view: &deputy::ProcessView) -> Arrival {
+        match (&view.stay, view.node) {
+            (Some(StayReason::Asked), 0) => Arrival::Asked,
+            (Some(reason @ StayReason::Call { .. }), 0) => Arrival::WentHome(reason.to_string()),
+            (_, 0) => Arrival::Home,
+            _ if view.how == "forked there" => Arrival::Inherited,
+            _ => match self.want {
+                Want::Node(_) => Arrival::Named,
+                Want::Drawn(_) => Arrival::Drawn,
+                _ => Arrival::Placed,
+            },
+        }
+    }
+}
+
+/// What /proc/PID/stat says of a process at home.
+#[derive(Default)]
+struct Stat {
+    comm: String,
+    ppid: u32,
+    threads: u32,
+    rss_bytes: u64,
+    cpu_ms: u64,
+}
+
+impl Stat {
+    fn read(pid: i32) -> Stat {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let (Some(open), Some(close)) = (text.find('('), text.rfind(')')) else {
+            return Stat::default();
+        };
+        let fields: Vec<&str> = text[close + 1..].split_whitespace().collect();
+        // The first of them is field number 3 of proc_pid_stat(5).
+        let field = |n: usize| fields.get(n - 3).and_then(|f| f.parse::<u64>().ok()).unwrap_or(0);
+        Stat {
+            comm: text[open + 1..close].to_string(),
+            ppid: field(4) as u32,
+            threads: field(20) as u32,
+            rss_bytes: field(24) * 4096,
+            // Clock ticks are 10 ms on every Linux.
+            cpu_ms: (field(14) + field(15)) * 10,
+        }
+    }
+}

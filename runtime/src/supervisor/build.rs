@@ -1,0 +1,138 @@
+//! Building guests, and letting them go.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use linklayer::wire;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use shim::cage::{Cage, CageOptions};
+use shim::ptrace::{self, Status, Target};
+
+use super::contact::Build;
+use super::guest::{Guest, Thread};
+use super::notify::Pool;
+use super::tracer::{Traced, Tracer};
+
+impl Tracer {
+    /// Builds a guest and says whether it could run.
+    pub(super) fn build(&mut self, build: Build) -> anyhow::Result<()> {
+        let answer = build.answer.clone();
+        let pid = build.launch.image.pid;
+        let refused = match self.build_guest(build) {
+            Ok(()) => String::new(),
+            Err(e) => {
+                self.remove_half_built(pid);
+                format!("{e:#}")
+            }
+        };
+        self.shared
+            .answer(&answer, &wire::encode(&wire::LaunchReady { refused }));
+        Ok(())
+    }
+
+    fn build_guest(&mut self, build: Build) -> anyhow::Result<()> {
+        let Build {
+            launch, pages, files, ..
+        } = build;
+        let image = launch.image;
+        let pid = image.pid;
+        if self.cage.is_none() {
+            let options = CageOptions {
+                monotonic_ns: image.clocks.monotonic_ns,
+                boottime_ns: image.clocks.boottime_ns,
+                hostname: String::from_utf8_lossy(&launch.hostname).into_owned(),
+                nice: self.config.limits.nice.clamp(0, 19),
+                uid: self.config.uid,
+                gid: self.config.gid,
+                ..CageOptions::default()
+            };
+            self.cage = Some(Cage::new(options).context("cage")?);
+        }
+        let cage = self.cage.as_ref().context("cage")?;
+        let mut ids: Vec<u64> = files.keys().copied().collect();
+        ids.sort_unstable();
+        let fds: Vec<_> = ids
+            .iter()
+            .filter_map(|id| files.get(id))
+            .map(|s| s.fd.as_fd())
+            .collect();
+        let blank = cage.spawn_blank(pid, &fds).context("new process in the cage")?;
+        let inside: HashMap<u64, i32> = ids.into_iter().zip(blank.fds_inside.iter().copied()).collect();
+        let options = ptrace::usual_options()
+            | ptrace::Options::PTRACE_O_EXITKILL
+            | ptrace::Options::PTRACE_O_TRACESECCOMP;
+        ptrace::seize(blank.outer_pid, options)?;
+        ptrace::interrupt(blank.outer_pid)?;
+        let stopped = loop {
+            match ptrace::wait(Target::Thread(blank.outer_pid), false)? {
+                Some((_, Status::Stopped(s))) => break s,
+                _ => anyhow::bail!("the new process died"),
+            }
+        };
+        let mut built = shim::restore::rebuild(stopped, &image, &|id| inside.get(&id).copied(), &pages)
+            .context("rebuilding the process")?;
+        let listener = shim::filter::install(&mut built).context("filter")?;
+        let stopped = built.finish().context("rebuilding the process")?;
+        let listener = Arc::new(listener);
+        let guest = Arc::new(Guest::new(
+            pid,
+            blank.outer_pid,
+            listener.clone(),
+            image.actions.clone(),
+        )?);
+        let thread = Arc::new(Thread::new(pid, blank.outer_pid, guest.clone()));
+        self.shared.guests.write().insert(pid, guest);
+        self.shared
+            .threads
+            .write()
+            .insert(blank.outer_pid, thread.clone());
+        self.threads.insert(blank.outer_pid, Traced::new(thread));
+        self.built.insert(pid, stopped);
+        Pool::start(self.shared.clone(), listener);
+        Ok(())
+    }
+
+    /// Kills what a failed build left in the cage.
+    fn remove_half_built(&mut self, pid: i32) {
+        if let Some(cage) = &self.cage {
+            if let Err(e) = cage.kill_blank(pid) {
+                tracing::debug!(error = %e, "half-built process");
+            }
+        }
+    }
+
+    /// Ends everything in the cage and reaps it.
+    pub(super) fn tear_down(&mut self) {
+        let Some(cage) = self.cage.take() else { return };
+        cage.kill();
+        let until = Instant::now() + Duration::from_secs(2);
+        while Instant::now() < until {
+            match ptrace::wait(Target::Mine, true) {
+                Ok(Some((_, Status::Stopped(stopped)))) => {
+                    let _ = stopped.cont(0);
+                }
+                Ok(Some(_)) => {}
+                Ok(None) if cage_ended(&cage) => break,
+                _ => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+        cage.teardown(Duration::from_millis(200));
+    }
+
+    /// Home has committed: the guest runs.
+    pub(super) fn launch_go(&mut self, pid: i32) -> anyhow::Result<()> {
+        if let Some(stopped) = self.built.remove(&pid) {
+            stopped.cont(0)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether everything inside is dead and reaped.
+fn cage_ended(cage: &Cage) -> bool {
+    let mut fds = [PollFd::new(cage.ended(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
+}

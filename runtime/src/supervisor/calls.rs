@@ -1,0 +1,279 @@
+//! What becomes of a guest's system call.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use linklayer::frame::Header;
+use linklayer::stay::StayReason;
+use linklayer::syscall::{
+    self, CacheClass, CallRequest, Disposition, GatherError, Gathered, Reply, Row, SplitKind, Step, Transfer,
+};
+use linklayer::wire::{self, Kind};
+use shim::notify::{Notification, NotifyError};
+
+use super::guest::{Forwarded, InCall, Thread};
+use super::shared::{Command, Shared};
+use super::tracer::{RESTART_BLOCK, RESTARTNOHAND, RESTARTNOINTR, is_restart};
+
+/// What to answer.
+pub(super) enum Outcome {
+    /// This result, or negative errno, or restart code.
+    Value(i64),
+    /// A result that may be a restart code of a call with its own mask (the mask and where it is in the guest).
+    Masked(i64, u64, u64),
+    /// Let the guest's kernel execute the call.
+    Continue,
+    /// It runs at home.
+    GoHome(String),
+    /// It runs at home, for a reason that is not the call's.
+    Stay(StayReason),
+    /// Somebody else answers, or nobody does because the guest ends.
+    Handled,
+}
+
+/// One call.
+pub(super) struct Call<'a> {
+    pub(super) shared: &'a Arc<Shared>,
+    pub(super) thread: &'a Arc<Thread>,
+    pub(super) notification: u64,
+    pub(super) nr: u32,
+    pub(super) args: [u64; 6],
+}
+
+/// Handles a notification to the end.
+pub fn handle(shared: &Arc<Shared>, thread: &Arc<Thread>, n: &Notification) {
+    let call = Call {
+        shared,
+        thread,
+        notification: n.id,
+        nr: n.nr as u32,
+        args: n.args,
+    };
+    let outcome = call.outcome();
+    let guest = &thread.guest;
+    let sent: Result<(), NotifyError> = match outcome {
+        Outcome::Value(ret) => call.respond(ret, None),
+        Outcome::Masked(ret, mask, address) => call.respond(ret, Some((mask, address))),
+        Outcome::Continue => {
+            *thread.call.lock() = InCall::Idle;
+            guest.listener.send_continue(n.id)
+        }
+        Outcome::GoHome(note) => call.go_home(StayReason::Call {
+            nr: n.nr as u32,
+            note,
+        }),
+        Outcome::Stay(reason) => call.go_home(reason),
+        Outcome::Handled => Ok(()),
+    };
+    if let Err(e) = sent {
+        // Gone: the guest thread was killed meanwhile.
+        if !e.is_gone() {
+            tracing::error!(tid = thread.tid, nr = n.nr, error = %e, "notification not answered");
+        }
+    }
+}
+
+impl Call<'_> {
+    fn outcome(&self) -> Outcome {
+        let call = syscall::resolve(self.nr, &self.args);
+        let Some(row) = call.row else {
+            return Outcome::GoHome("not in the table".into());
+        };
+        tracing::trace!(tid = self.thread.tid, call = row.name, args = ?self.args, "notified");
+        match call.disposition {
+            Disposition::Forward => self.forward_cached(row),
+            Disposition::Local => Outcome::Continue,
+            Disposition::GoHome(reason) => Outcome::GoHome(format!("{}: {}", row.name, reason.text())),
+            Disposition::Split(kind) => self.split(row, kind),
+        }
+    }
+
+    /// Sends the result, by way of the tracer where the tracer is needed for it.
+    fn respond(&self, ret: i64, mask: Option<(u64, u64)>) -> Result<(), NotifyError> {
+        let guest = &self.thread.guest;
+        let by_tracer = is_restart(ret)
+            || guest.freezing.load(Ordering::Acquire)
+            || (mask.is_some() && ret == -i64::from(libc::EINTR));
+        if by_tracer {
+            let (outer, notification) = (self.thread.outer, self.notification);
+            self.shared.post(Command::Reply {
+                outer,
+                notification,
+                ret,
+                mask,
+            });
+            return Ok(());
+        }
+        *self.thread.call.lock() = InCall::Idle;
+        guest.listener.send_result(self.notification, ret)
+    }
+
+    /// Leaves the call unanswered: the tracer stops the guest, and the call is made again at home.
+    fn go_home(&self, reason: StayReason) -> Result<(), NotifyError> {
+        tracing::info!(pid = self.thread.guest.pid, %reason, "goes home");
+        *self.thread.call.lock() = InCall::Held(self.notification);
+        self.shared.post(Command::GoHome(self.thread.guest.pid, reason));
+        Ok(())
+    }
+
+    /// Forwards a call whose answer may be known already.
+    fn forward_cached(&self, row: &'static Row) -> Outcome {
+        let guest = &self.thread.guest;
+        let own = self.args[0] as i32 == 0 || self.args[0] as i32 == guest.pid;
+        let key = row.cache.and_then(|class| match class {
+            CacheClass::Session => own.then_some((0, self.nr, [0; 3])),
+            // Only calls that give all in their result register: what went to memory is not kept.
+            CacheClass::Creds | CacheClass::Machine if row.args.is_empty() => {
+                Some((self.thread.tid, self.nr, [0; 3]))
+            }
+            _ => None,
+        });
+        if let Some(key) = key {
+            if let Some(ret) = guest.identity.lock().get(&key) {
+                self.shared.cache_hits.fetch_add(1, Ordering::Relaxed);
+                return Outcome::Value(*ret);
+            }
+            self.shared.cache_misses.fetch_add(1, Ordering::Relaxed);
+        }
+        let outcome = self.forward(row);
+        if let (Outcome::Value(ret), Some(key)) = (&outcome, key) {
+            if *ret >= 0 {
+                guest.identity.lock().put(key, *ret);
+            }
+        }
+        if !row.clears.is_empty() {
+            let mut cache = guest.identity.lock();
+            self.shared
+                .cache_invalidations
+                .fetch_add(cache.len() as u64, Ordering::Relaxed);
+            cache.clear();
+        }
+        outcome
+    }
+
+    /// Executes the call at home as it is.
+    pub(super) fn forward(&self, _row: &'static Row) -> Outcome {
+        match syscall::gather(self.nr, &self.args, &self.thread.guest.memory) {
+            Ok(gathered) => self.execute(&gathered, None).map_or_else(|o| o, Outcome::Value),
+            Err(GatherError::TooBig(transfer)) => self.transfer(*transfer),
+            Err(GatherError::GoHome(reason)) => Outcome::GoHome(reason.text().into()),
+        }
+    }
+
+    /// Executes a call whose body is larger than a message, part by part.
+    fn transfer(&self, mut transfer: Transfer) -> Outcome {
+        let memory = &self.thread.guest.memory;
+        loop {
+            let (ret, reply) = match transfer.next(memory) {
+                Step::Done(ret) => return Outcome::Value(ret),
+                Step::GoHome(reason) => return Outcome::GoHome(reason.text().into()),
+                Step::Call(request) => match self.send(request, None) {
+                    Ok(sent) => sent,
+                    Err(outcome) => return outcome,
+                },
+            };
+            if let Err(e) = transfer.reply(Reply::from_parts(ret, &reply), memory) {
+                tracing::error!(error = %e, "home breaks the protocol");
+                return Outcome::Handled;
+            }
+        }
+    }
+
+    /// Sends one gathered call, waits for its end and scatters what it gave. With `mask`, the call is made under this
+    /// signal mask.
+    pub(super) fn execute(&self, gathered: &Gathered, mask: Option<u64>) -> Result<i64, Outcome> {
+        let (ret, outs) = self.send(&gathered.request, mask)?;
+        if outs.is_empty() {
+            return Ok(ret);
+        }
+        gathered
+            .scatter(Reply::from_parts(ret, &outs), &self.thread.guest.memory)
+            .map_err(|e| {
+                tracing::error!(error = %e, "home breaks the protocol");
+                Outcome::Handled
+            })
+    }
+
+    /// Sends a call and waits for its end: its result and the encoded bytes that came with it.
+    fn send(&self, request: &CallRequest, mask: Option<u64>) -> Result<(i64, Vec<u8>), Outcome> {
+        let Ok(link) = self.shared.link() else {
+            return Err(Outcome::Handled);
+        };
+        let mut body = Vec::with_capacity(request.encoded_len());
+        request.encode(&mut body);
+        let seq = link.next_seq();
+        *self.thread.call.lock() = InCall::Forwarded(Forwarded {
+            notification: self.notification,
+            seq,
+            mask,
+        });
+        // A signal that was queued before home could be told to interrupt this call would wait for its end.
+        if self.thread.must_return(mask) {
+            let ret = if mask.is_some() {
+                -i64::from(libc::EINTR)
+            } else {
+                RESTARTNOINTR
+            };
+            return Ok((ret, Vec::new()));
+        }
+        if self.thread.guest.freezing.load(Ordering::Acquire) {
+            return Ok((RESTARTNOINTR, Vec::new()));
+        }
+        self.thread.forwarded.fetch_add(1, Ordering::Relaxed);
+        let tid = self.thread.tid;
+        let header = Header::new(Kind::Call as u16, tid, seq);
+        let (_, mut reply) = link
+            .call(tid as u32, header, &[&body])
+            .map_err(|_| Outcome::Handled)?;
+        *self.thread.call.lock() = InCall::Busy(self.notification);
+        let Some(ret) = reply.first_chunk::<8>().copied() else {
+            return Err(Outcome::Handled);
+        };
+        reply.drain(..8);
+        // restart_syscall(2) would find nothing to restart here: the call is made again with its arguments.
+        let ret = match i64::from_le_bytes(ret) {
+            RESTART_BLOCK => RESTARTNOHAND,
+            ret => ret,
+        };
+        Ok((ret, reply))
+    }
+
+    /// Asks home for something that is not a call, on this thread's lane.
+    pub(super) fn ask<T: bincode::Decode<()>>(&self, kind: Kind, body: &[u8]) -> Result<T, Outcome> {
+        let tid = self.thread.tid;
+        let bytes = self
+            .shared
+            .ask(tid, tid, kind, body)
+            .map_err(|_| Outcome::Handled)?;
+        wire::decode(&bytes).map_err(|e| {
+            tracing::error!(error = %e, "home breaks the protocol");
+            Outcome::Handled
+        })
+    }
+
+    fn split(&self, row: &'static Row, kind: SplitKind) -> Outcome {
+        super::split::split(self, row, kind).unwrap_or_else(|outcome| outcome)
+    }
+
+    /// Puts a file's content under the descriptor that the guest named and lets its own kernel map it.
+    pub(super) fn map_file(&self, file: &wire::FileRef, fd: i32) -> Result<Outcome, Outcome> {
+        let stored = self
+            .shared
+            .files
+            .get(file, |offset, len| self.shared.read_file(file.id, offset, len));
+        let stored = match stored {
+            Ok(s) => s,
+            Err(e) => {
+                tracing::error!(error = %e, "file for a mapping");
+                return Ok(Outcome::Value(-i64::from(e.raw_os_error().unwrap_or(libc::EIO))));
+            }
+        };
+        let listener = &self.thread.guest.listener;
+        if let Err(e) = listener.add_fd(self.notification, stored.fd.as_fd(), u32::try_from(fd).ok(), true) {
+            tracing::error!(error = %e, "file for a mapping");
+            return Ok(Outcome::Handled);
+        }
+        Ok(Outcome::Continue)
+    }
+}

@@ -1,0 +1,190 @@
+//! A guest and its threads, as all threads of the supervisor see them.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Instant;
+
+use linklayer::image::SigAction;
+use lru::LruCache;
+use parking_lot::Mutex;
+use shim::memory::ProcessMemory;
+use shim::notify::Listener;
+
+/// A guest: the user half of one process.
+pub struct Guest {
+    /// Its pid, which is also the pid of its vessel at home.
+    pub pid: i32,
+    /// Its pid as this node's supervisor sees it.
+    pub outer: i32,
+    /// Readable when it has ended: a guest's end makes no SIGCHLD (its exit signal is 0).
+    pub exited: OwnedFd,
+    /// Its memory.
+    pub memory: ProcessMemory,
+    /// Where its notifications arrive; children share their parent's.
+    pub listener: Arc<Listener>,
+    /// It is being captured: results that could be lost are handed to the tracer.
+    pub freezing: AtomicBool,
+    /// Signal dispositions, kept equal to the kernel's.
+    pub actions: Mutex<Vec<SigAction>>,
+    /// Results that cannot change unnoticed.
+    pub identity: Mutex<LruCache<(i32, u32, [u64; 3]), i64>>,
+    /// Program name of an exec in progress is about to replace it; its death is no news.
+    pub leaving: AtomicBool,
+    /// It shares its memory with another process until that executes something or ends (vfork).
+    pub shares_with: Mutex<Option<i32>>,
+}
+
+impl Guest {
+    /// A guest without threads.
+    ///
+    /// # Errors
+    /// It is gone already.
+    pub fn new(
+        pid: i32,
+        outer: i32,
+        listener: Arc<Listener>,
+        actions: Vec<SigAction>,
+    ) -> std::io::Result<Guest> {
+        let capacity = std::num::NonZeroUsize::new(64).unwrap_or(std::num::NonZeroUsize::MIN);
+        Ok(Guest {
+            exited: shim::fd::of_process(outer)?,
+            pid,
+            outer,
+            memory: ProcessMemory::new(outer),
+            listener,
+            freezing: AtomicBool::new(false),
+            actions: Mutex::new(actions),
+            identity: Mutex::new(LruCache::new(capacity)),
+            leaving: AtomicBool::new(false),
+            shares_with: Mutex::new(None),
+        })
+    }
+
+    /// The disposition of a signal.
+    pub fn action(&self, signal: i32) -> SigAction {
+        self.actions
+            .lock()
+            .get(signal as usize - 1)
+            .copied()
+            .unwrap_or_default()
+    }
+
+    /// Whether a signal that is not blocked would do nothing: it is ignored, or its default is to be ignored.
+    pub fn ignores(&self, signal: i32) -> bool {
+        match self.action(signal).handler {
+            0 => matches!(
+                signal,
+                libc::SIGCHLD | libc::SIGURG | libc::SIGWINCH | libc::SIGCONT
+            ),
+            1 => true,
+            _ => false,
+        }
+    }
+}
+
+/// What a guest thread is doing, as far as its notifications tell.
+#[derive(Clone, Debug, PartialEq)]
+pub enum InCall {
+    /// It runs, or waits in a call of its own kernel.
+    Idle,
+    /// Its notification is being handled here; it takes no time to speak of.
+    Busy(u64),
+    /// Its call is in progress at home.
+    Forwarded(Forwarded),
+    /// The tracer holds its notification and will answer it.
+    Held(u64),
+}
+
+/// A call in progress at home.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Forwarded {
+    /// The notification.
+    pub notification: u64,
+    /// Sequence number of the frame.
+    pub seq: u64,
+    /// The mask that is in effect during the call (ppoll and the like), if it brings one.
+    pub mask: Option<u64>,
+}
+
+/// A thread of a guest.
+pub struct Thread {
+    /// Its tid, the vessel thread's as well.
+    pub tid: i32,
+    /// Its tid as the supervisor sees it.
+    pub outer: i32,
+    /// Its guest.
+    pub guest: Arc<Guest>,
+    /// What it is doing.
+    pub call: Mutex<InCall>,
+    /// Signals that were queued for it here and that it has not taken yet.
+    pub queued: AtomicU32,
+    /// A relative sleep in progress: number, start.
+    pub sleep: Mutex<Option<(u32, Instant)>>,
+    /// Calls forwarded.
+    pub forwarded: AtomicU64,
+}
+
+impl Thread {
+    /// A thread that has not called yet.
+    pub fn new(tid: i32, outer: i32, guest: Arc<Guest>) -> Thread {
+        Thread {
+            tid,
+            outer,
+            guest,
+            call: Mutex::new(InCall::Idle),
+            queued: AtomicU32::new(0),
+            sleep: Mutex::new(None),
+            forwarded: AtomicU64::new(0),
+        }
+    }
+
+    /// Signals that are pending for it and not blocked by `mask` (its own mask when `None`), as a set.
+    pub fn deliverable(&self, mask: Option<u64>) -> u64 {
+        let Some(status) = SignalStatus::read(self.outer) else {
+            return 0;
+        };
+        (status.pending_thread | status.pending_process) & !mask.unwrap_or(status.blocked)
+    }
+
+    /// Whether a signal was queued for it that interrupts a call made under `mask`.
+    pub fn must_return(&self, mask: Option<u64>) -> bool {
+        // A temporary mask may unblock what has been pending since long before.
+        (mask.is_some() || self.queued.load(Ordering::Acquire) > 0) && {
+            let set = self.deliverable(mask);
+            (1..=64).any(|s| set >> (s - 1) & 1 == 1 && !self.guest.ignores(s))
+        }
+    }
+}
+
+/// The signal lines of /proc/TID/status.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SignalStatus {
+    /// SigPnd.
+    pub pending_thread: u64,
+    /// ShdPnd.
+    pub pending_process: u64,
+    /// SigBlk.
+    pub blocked: u64,
+}
+
+impl SignalStatus {
+    /// Reads them; `None` when the thread is gone.
+    pub fn read(tid: i32) -> Option<SignalStatus> {
+        let text = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+        let mut status = SignalStatus::default();
+        for line in text.lines() {
+            let Some((name, value)) = line.split_once(':') else {
+                continue;
+            };
+            let field = match name {
+                "SigPnd" => &mut status.pending_thread,
+                "ShdPnd" => &mut status.pending_process,
+                "SigBlk" => &mut status.blocked,
+                _ => continue,
+            };
+            *field = u64::from_str_radix(value.trim(), 16).ok()?;
+        }
+        Some(status)
+    }
+}

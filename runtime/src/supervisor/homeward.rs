@@ -1,0 +1,165 @@
+//! Sending a guest home: stop, capture, send, and only when home runs it, forget it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use linklayer::frame::Header;
+use linklayer::image::{Area, ProcessImage};
+use linklayer::stay::StayReason;
+use linklayer::wire::{self, Kind};
+use shim::memory::ProcessMemory;
+
+use super::shared::{Command, Shared};
+use super::tracer::{Hold, Tracer};
+
+/// Most bytes of pages in one frame.
+const PAGES_BYTES: usize = 256 << 10;
+
+impl Tracer {
+    /// Goes on with stopping a guest when all its threads have stopped.
+    pub(super) fn all_held(&mut self, pid: i32) -> anyhow::Result<()> {
+        let Some(Hold::Home(reason)) = self.holds.get(&pid) else {
+            return Ok(());
+        };
+        let reason = reason.clone();
+        let mut threads = self
+            .threads
+            .values()
+            .filter(|t| t.thread.guest.pid == pid)
+            .peekable();
+        if threads.peek().is_none() || threads.any(|t| t.held.is_none()) {
+            return Ok(());
+        }
+        match self.capture(pid) {
+            Ok(image) => {
+                let Some(outer) = self.shared.guests.read().get(&pid).map(|g| g.outer) else {
+                    return Ok(());
+                };
+                send_home(&self.shared, pid, outer, image, reason)
+            }
+            Err(e) => self.went_home(pid, Err(format!("capture: {e:#}"))),
+        }
+    }
+
+    fn capture(&mut self, pid: i32) -> anyhow::Result<ProcessImage> {
+        let outer = self.shared.guests.read().get(&pid).map(|g| g.outer).unwrap_or(0);
+        let ids: HashMap<i32, i32> = self
+            .threads
+            .iter()
+            .filter(|(_, t)| t.thread.guest.pid == pid)
+            .map(|(outer, t)| (*outer, t.thread.tid))
+            .collect();
+        let mut order: Vec<i32> = ids.keys().copied().collect();
+        order.sort_by_key(|o| (*o != outer, *o));
+        let mut tokens = order
+            .iter()
+            .filter_map(|o| self.threads.get_mut(o).and_then(|t| t.held.take()))
+            .collect::<Vec<_>>();
+        // Nothing but our memfds backs files here, and they carry their number.
+        let described = shim::capture::describe(outer, &mut tokens, |file| {
+            Err(format!(
+                "{} is no file of home",
+                String::from_utf8_lossy(file.path)
+            ))
+        });
+        for token in tokens {
+            if let Some(traced) = self.threads.get_mut(&token.tid()) {
+                traced.held = Some(token);
+            }
+        }
+        let mut image = described?;
+        image.pid = pid;
+        for thread in &mut image.threads {
+            thread.tid = ids.get(&thread.tid).copied().unwrap_or(thread.tid);
+        }
+        Ok(image)
+    }
+
+    /// Home runs the process now, or it goes on here.
+    pub(super) fn went_home(&mut self, pid: i32, result: Result<(), String>) -> anyhow::Result<()> {
+        match result {
+            Ok(()) => {
+                let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
+                    return Ok(());
+                };
+                guest.leaving.store(true, Ordering::Release);
+                let outer = nix::unistd::Pid::from_raw(guest.outer);
+                nix::sys::signal::kill(outer, nix::sys::signal::Signal::SIGKILL)?;
+                Ok(())
+            }
+            Err(why) => {
+                tracing::error!(pid, why, "does not go home; it goes on here");
+                let body = wire::MoveFailed { pid, why };
+                self.shared.tell(pid, Kind::MoveFailed, &wire::encode(&body));
+                self.release(pid)
+            }
+        }
+    }
+}
+
+fn send_home(
+    shared: &Arc<Shared>,
+    pid: i32,
+    outer: i32,
+    image: ProcessImage,
+    reason: StayReason,
+) -> anyhow::Result<()> {
+    let shared = shared.clone();
+    std::thread::Builder::new()
+        .name("homeward".into())
+        .spawn(move || {
+            let result = transfer(&shared, pid, outer, image, reason).map_err(|e| format!("{e:#}"));
+            shared.post(Command::WentHome(pid, result));
+        })?;
+    Ok(())
+}
+
+fn transfer(
+    shared: &Shared,
+    pid: i32,
+    outer: i32,
+    image: ProcessImage,
+    reason: StayReason,
+) -> anyhow::Result<()> {
+    let areas = image.areas.clone();
+    let body = wire::Homecoming {
+        image,
+        reason,
+        group: vec![pid],
+    };
+    let wire::Errno(errno) = wire::decode(&shared.ask(pid, pid, Kind::Homecoming, &wire::encode(&body))?)?;
+    anyhow::ensure!(
+        errno == 0,
+        "layout at home: {}",
+        nix::errno::Errno::from_raw(errno).desc()
+    );
+    send_pages(shared, pid, outer, &areas)?;
+    let commit = wire::encode(&wire::Pid(pid));
+    let wire::Errno(errno) = wire::decode(&shared.ask(pid, pid, Kind::HomeCommit, &commit)?)?;
+    anyhow::ensure!(
+        errno == 0,
+        "resuming at home: {}",
+        nix::errno::Errno::from_raw(errno).desc()
+    );
+    Ok(())
+}
+
+fn send_pages(shared: &Shared, pid: i32, outer: i32, areas: &[Area]) -> anyhow::Result<()> {
+    let link = shared.link()?;
+    let memory = ProcessMemory::new(outer);
+    for area in areas.iter().filter(|a| !a.is_kernel()) {
+        for run in shim::capture::page_runs(outer, area)? {
+            let mut at = run.start;
+            while at < run.end {
+                let len = ((run.end - at) as usize).min(PAGES_BYTES);
+                let mut data = vec![0; len];
+                memory.read_forced(at, &mut data)?;
+                let header = Header::new(Kind::Pages as u16, pid, link.next_seq());
+                link.send(pid as u32, header, &[&at.to_le_bytes(), &data])?;
+                at += len as u64;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,240 @@
+//! Files about the guest or the node that only this side knows: /proc/self/maps and the like, and the CPUs.
+//!
+//! They are read here, put into home's words (pids, paths), and opened at home as a descriptor with that content, so
+//! that the descriptor is one of the process as all others are.
+
+use linklayer::syscall::Row;
+use linklayer::wire::{self, Kind};
+
+use super::calls::{Call, Outcome};
+
+/// Longest path that can name one of these files, bytes.
+const LONGEST: usize = 96;
+
+/// What a path means to this module.
+#[derive(Debug, PartialEq, Eq)]
+enum Special {
+    Maps(&'static str),
+    Status,
+    Stat,
+    Statm,
+    /// The guest's memory itself.
+    Memory,
+    /// A file of this node.
+    Node,
+}
+
+/// open(2), openat(2), openat2(2), creat(2).
+pub(super) fn open(call: &Call, row: &'static Row) -> Result<Outcome, Outcome> {
+    let nr = i64::from(call.nr);
+    let (path, flags) = match nr {
+        libc::SYS_open => (call.args[0], call.args[1] as i32),
+        libc::SYS_openat => (call.args[1], call.args[2] as i32),
+        _ => return Ok(call.forward(row)),
+    };
+    let Ok(path) = linklayer::memory::GuestMemory::read_string(&call.thread.guest.memory, path, LONGEST)
+    else {
+        return Ok(call.forward(row));
+    };
+    let Some(path) = path.strip_suffix(&[0]).and_then(|p| std::str::from_utf8(p).ok()) else {
+        return Ok(call.forward(row));
+    };
+    let Some(special) = special(path, call.thread.guest.pid, call.shared.topology_of_home) else {
+        return Ok(call.forward(row));
+    };
+    if special == Special::Memory {
+        return Ok(Outcome::GoHome(format!("{path} is the process's memory")));
+    }
+    if flags & libc::O_ACCMODE != libc::O_RDONLY {
+        return Ok(call.forward(row));
+    }
+    let guest = &call.thread.guest;
+    let local = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", guest.outer));
+    let content = match special {
+        Special::Maps(name) => local(name).map(|text| home_maps(call, &text)),
+        Special::Statm => local("statm"),
+        Special::Status => local("status").and_then(|here| Ok(merge_status(&home_file(call, path)?, &here))),
+        Special::Stat => local("stat").and_then(|here| Ok(merge_stat(&home_file(call, path)?, &here))),
+        Special::Node | Special::Memory => std::fs::read_to_string(path),
+    };
+    let Ok(content) = content else {
+        return Ok(call.forward(row));
+    };
+    let body = wire::Synthetic {
+        name: path.as_bytes().to_vec(),
+        flags,
+        content: content.into_bytes(),
+    };
+    let tid = call.thread.tid;
+    let answer = call
+        .shared
+        .ask(tid, tid, Kind::Synthetic, &wire::encode(&body))
+        .map_err(|_| Outcome::Handled)?;
+    let ret = answer
+        .as_slice()
+        .try_into()
+        .map(i64::from_le_bytes)
+        .map_err(|_| Outcome::Handled)?;
+    Ok(Outcome::Value(ret))
+}
+
+fn special(path: &str, pid: i32, topology_of_home: bool) -> Option<Special> {
+    if let Some(rest) = path.strip_prefix("/sys/devices/system/cpu/") {
+        let file = matches!(rest, "online" | "possible" | "present");
+        return (file && !topology_of_home).then_some(Special::Node);
+    }
+    let rest = path.strip_prefix("/proc/")?;
+    if rest == "cpuinfo" {
+        return (!topology_of_home).then_some(Special::Node);
+    }
+    let (who, file) = rest.split_once('/')?;
+    if !matches!(who, "self" | "thread-self") && who.parse() != Ok(pid) {
+        return None;
+    }
+    match file {
+        "maps" => Some(Special::Maps("maps")),
+        "smaps" => Some(Special::Maps("smaps")),
+        "smaps_rollup" => Some(Special::Maps("smaps_rollup")),
+        "status" => Some(Special::Status),
+        "stat" => Some(Special::Stat),
+        "statm" => Some(Special::Statm),
+        "mem" | "pagemap" => Some(Special::Memory),
+        _ => None,
+    }
+}
+
+/// A file of /proc as home has it.
+fn home_file(call: &Call, path: &str) -> std::io::Result<String> {
+    let tid = call.thread.tid;
+    let bytes = call
+        .shared
+        .ask(tid, tid, Kind::ReadProc, path.as_bytes())
+        .map_err(std::io::Error::other)?;
+    String::from_utf8(bytes).map_err(std::io::Error::other)
+}
+
+/// Puts home's names into a maps file: the memfds that stand for home's files get their paths, devices and inodes.
+fn home_maps(call: &Call, text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for line in text.lines() {
+        match line.split_once("/memfd:mosrun-").and_then(|(head, id)| {
+            let id = id.split_whitespace().next()?.parse().ok()?;
+            Some((head, call.shared.files.known(id)?))
+        }) {
+            Some((head, file)) => {
+                // address perms offset dev inode
+                let mut fields = head.split_whitespace();
+                let (a, p, o) = (fields.next(), fields.next(), fields.next());
+                let (major, minor) = (libc::major(file.key.dev), libc::minor(file.key.dev));
+                let prefix = format!(
+                    "{} {} {} {major:02x}:{minor:02x} {} ",
+                    a.unwrap_or_default(),
+                    p.unwrap_or_default(),
+                    o.unwrap_or_default(),
+                    file.key.ino
+                );
+                out.push_str(&format!("{prefix:<73}{}", String::from_utf8_lossy(&file.path)));
+            }
+            None => out.push_str(line),
+        }
+        out.push('\n');
+    }
+    out
+}
+
+/// /proc/PID/status: memory, threads and signal masks are the guest's, everything else is home's.
+fn merge_status(home: &str, here: &str) -> String {
+    let ours = |name: &str| {
+        name.starts_with("Vm")
+            || name.starts_with("Rss")
+            || matches!(
+                name,
+                "Threads"
+                    | "SigPnd"
+                    | "ShdPnd"
+                    | "SigBlk"
+                    | "HugetlbPages"
+                    | "Cpus_allowed"
+                    | "Cpus_allowed_list"
+            )
+    };
+    let mut out = String::with_capacity(home.len());
+    for line in home.lines() {
+        let name = line.split(':').next().unwrap_or_default();
+        let replaced = ours(name)
+            .then(|| here.lines().find(|l| l.split(':').next() == Some(name)))
+            .flatten()
+            .unwrap_or(line);
+        out.push_str(replaced);
+        out.push('\n');
+    }
+    out
+}
+
+/// /proc/PID/stat: faults, times, threads, memory and masks (fields 10-17, 20, 23-24, 31-32, 39) are the guest's.
+fn merge_stat(home: &str, here: &str) -> String {
+    let parse = |s: &str| {
+        let end = s.rfind(')').unwrap_or(0);
+        let (head, tail) = s.split_at((end + 1).min(s.len()));
+        (
+            head.to_string(),
+            tail.split_whitespace().map(str::to_string).collect::<Vec<_>>(),
+        )
+    };
+    let (head, mut fields) = parse(home);
+    let (_, local) = parse(here);
+    for number in [10, 11, 12, 13, 14, 15, 16, 17, 20, 23, 24, 31, 32, 39] {
+        // The first field behind the name is number 3.
+        let at = number - 3;
+        if let (Some(f), Some(l)) = (fields.get_mut(at), local.get(at)) {
+            f.clone_from(l);
+        }
+    }
+    format!("{head} {}\n", fields.join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_files_about_the_guest_and_the_cpus_are_special() {
+        assert_eq!(special("/proc/self/maps", 7, false), Some(Special::Maps("maps")));
+        assert_eq!(special("/proc/7/status", 7, false), Some(Special::Status));
+        assert_eq!(special("/proc/8/status", 7, false), None);
+        assert_eq!(special("/proc/self/fd", 7, false), None);
+        assert_eq!(special("/proc/self/mem", 7, false), Some(Special::Memory));
+        assert_eq!(
+            special("/sys/devices/system/cpu/online", 7, false),
+            Some(Special::Node)
+        );
+        assert_eq!(special("/sys/devices/system/cpu/online", 7, true), None);
+        assert_eq!(special("/etc/passwd", 7, false), None);
+    }
+
+    #[test]
+    fn stat_keeps_homes_identity_and_takes_the_guests_memory() {
+        let field = |mark: &str| {
+            (3..=52)
+                .map(|n| format!("{mark}{n}"))
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        let merged = merge_stat(
+            &format!("7 (a) b) {}", field("h")),
+            &format!("99 (x) {}", field("g")),
+        );
+        assert!(merged.starts_with("7 (a) b) h3 h4 h5"));
+        assert!(merged.contains(" g23 g24 h25 "));
+        assert!(merged.ends_with("h52\n"));
+    }
+
+    #[test]
+    fn status_takes_the_guests_threads() {
+        let merged = merge_status(
+            "Name:\ta\nThreads:\t2\nPid:\t7\n",
+            "Name:\tb\nThreads:\t1\nPid:\t99\n",
+        );
+        assert_eq!(merged, "Name:\ta\nThreads:\t1\nPid:\t7\n");
+    }
+}

@@ -1,0 +1,206 @@
+//! What all threads of a supervisor share.
+
+use std::collections::HashMap;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
+
+use crossbeam_channel::Sender;
+use linklayer::frame::Header;
+use linklayer::quic::{Link, LinkError};
+use linklayer::stay::StayReason;
+use linklayer::wire::{self, Kind};
+use nix::sys::eventfd::EventFd;
+use parking_lot::RwLock;
+
+use super::files::FileStore;
+use super::guest::{Guest, Thread};
+
+/// What is asked of the supervisor's tracer thread.
+pub enum Command {
+    /// Build a guest.
+    Build(Box<super::contact::Build>),
+    /// Run it.
+    LaunchGo(i32),
+    /// Relay a signal.
+    Signal(wire::Signal),
+    /// Answer a notification with a result that needs the tracer: a restart code, or one that came while freezing.
+    Reply {
+        /// The thread, as seen here.
+        outer: i32,
+        /// Its notification.
+        notification: u64,
+        /// Result for the guest.
+        ret: i64,
+        /// The call's own signal mask.
+        mask: Option<(u64, u64)>,
+    },
+    /// Home executed the clone (or not).
+    Cloned {
+        /// The thread that clones, as seen here.
+        outer: i32,
+        /// Home's answer.
+        reply: wire::CloneReply,
+    },
+    /// Stop a guest.
+    Freeze(i32),
+    /// Let it run.
+    Thaw(i32),
+    /// Remove a guest without a word.
+    Discard(i32),
+    /// Send a guest home.
+    GoHome(i32, StayReason),
+    /// Home has taken over (or not) a guest that was sent.
+    WentHome(i32, Result<(), String>),
+    /// Everything ends.
+    End(String),
+}
+
+/// Where an answer goes.
+#[derive(Clone)]
+pub struct Answer {
+    /// Lane of the request.
+    pub lane: u32,
+    /// Its header.
+    pub header: Header,
+}
+
+/// State shared by all threads of a supervisor.
+pub struct Shared {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    link: OnceLock<Link>,
+    /// Guests by home pid.
+    pub guests: RwLock<HashMap<i32, Arc<Guest>>>,
+    /// Guest threads by the tid that this node sees.
+    pub threads: RwLock<HashMap<i32, Arc<Thread>>>,
+    /// Home's files.
+    pub files: FileStore,
+    /// Result cache counters.
+    pub cache_hits: AtomicU64,
+    /// Calls whose result was not in the cache.
+    pub cache_misses: AtomicU64,
+    /// Results dropped.
+    pub cache_invalidations: AtomicU64,
+    /// The job's user at home.
+    pub uid: u32,
+    /// Show the guests home's CPUs instead of this node's.
+    pub topology_of_home: bool,
+}
+
+impl Shared {
+    /// Shared state without a contact yet.
+    pub fn new(commands: Sender<Command>, wake: Arc<EventFd>, uid: u32, file_limit_bytes: u64) -> Shared {
+        Shared {
+            uid,
+            commands,
+            wake,
+            link: OnceLock::new(),
+            guests: RwLock::default(),
+            threads: RwLock::default(),
+            files: FileStore::new(file_limit_bytes),
+            cache_hits: AtomicU64::new(0),
+            cache_misses: AtomicU64::new(0),
+            cache_invalidations: AtomicU64::new(0),
+            topology_of_home: false,
+        }
+    }
+
+    /// Makes the contact known.
+    pub fn set_link(&self, link: Link) {
+        let _ = self.link.set(link);
+    }
+
+    /// The contact. It is set before the first guest exists.
+    pub fn link(&self) -> Result<&Link, LinkError> {
+        self.link.get().ok_or(LinkError::Closed)
+    }
+
+    /// Hands a command to the tracer thread.
+    pub fn post(&self, command: Command) {
+        // The receiver lives as long as the tracer, which ends the process.
+        let _ = self.commands.send(command);
+        let _ = self.wake.write(1);
+    }
+
+    /// The guest thread that this node knows as `outer`.
+    pub fn thread(&self, outer: i32) -> Option<Arc<Thread>> {
+        self.threads.read().get(&outer).cloned()
+    }
+
+    /// Sends a message without an answer.
+    pub fn tell(&self, lane: i32, kind: Kind, body: &[u8]) {
+        let Ok(link) = self.link() else { return };
+        let header = Header {
+            kind: kind as u16,
+            flags: 0,
+            tid: lane,
+            seq: link.next_seq(),
+            len: body.len() as u32,
+        };
+        if let Err(e) = link.send(lane as u32, header, &[body]) {
+            tracing::debug!(?kind, error = %e, "message not sent");
+        }
+    }
+
+    /// Asks home and waits for the answer. Not for the thread that delivers frames.
+    ///
+    /// # Errors
+    /// The contact is lost.
+    pub fn ask(&self, lane: i32, tid: i32, kind: Kind, body: &[u8]) -> Result<Vec<u8>, LinkError> {
+        let link = self.link()?;
+        let header = Header {
+            kind: kind as u16,
+            flags: 0,
+            tid,
+            seq: link.next_seq(),
+            len: body.len() as u32,
+        };
+        Ok(link.call(lane as u32, header, &[body])?.1)
+    }
+
+    /// A range of one of home's files.
+    ///
+    /// # Errors
+    /// The contact is lost.
+    pub fn read_file(&self, id: u64, offset: u64, len: u32) -> std::io::Result<Vec<u8>> {
+        let body = wire::encode(&wire::FileRead { id, offset, len });
+        self.ask(0, 0, Kind::FileRead, &body)
+            .map_err(std::io::Error::other)
+    }
+
+    /// The guest that has this thread.
+    pub fn owner_of(&self, tid: i32) -> Option<i32> {
+        self.threads
+            .read()
+            .values()
+            .find(|t| t.tid == tid)
+            .map(|t| t.guest.pid)
+    }
+
+    /// How many threads a guest has.
+    pub fn threads_of(&self, pid: i32) -> usize {
+        self.threads
+            .read()
+            .values()
+            .filter(|t| t.guest.pid == pid)
+            .count()
+    }
+
+    /// The job's user.
+    pub fn home_uid(&self) -> u32 {
+        self.uid
+    }
+
+    /// Answers a request of home.
+    pub fn answer(&self, to: &Answer, body: &[u8]) {
+        let Ok(link) = self.link() else { return };
+        let header = Header {
+            flags: linklayer::frame::flags::REPLY,
+            len: body.len() as u32,
+            ..to.header
+        };
+        if let Err(e) = link.send(to.lane, header, &[body]) {
+            tracing::debug!(error = %e, "answer not sent");
+        }
+    }
+}

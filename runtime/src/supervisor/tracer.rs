@@ -1,0 +1,539 @@
+//! The supervisor's tracer thread: everything on this node that needs ptrace.
+//!
+//! It builds guests, gives their children the ids that home chose, relays signals with their siginfo, answers
+//! notifications with restart codes (KERNEL-FACTS A), stops and captures guests. It never waits for home: what must,
+//! runs on threads of its own and posts a [`Command`] when it is done.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crossbeam_channel::Receiver;
+use linklayer::image::{Regs, SigInfo};
+use linklayer::wire::{self, Kind};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use shim::cage::Cage;
+use shim::ptrace::{self, Status, Stop, Stopped, Target};
+
+use super::guest::{Guest, InCall, Thread};
+use super::shared::{Command, Shared};
+
+/// ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK: include/linux/errno.h. They never reach user
+/// code natively.
+pub const RESTARTSYS: i64 = -512;
+/// Restart always, unseen.
+pub const RESTARTNOINTR: i64 = -513;
+/// Restart unless a handler runs.
+pub const RESTARTNOHAND: i64 = -514;
+/// Restart by restart_syscall(2).
+pub const RESTART_BLOCK: i64 = -516;
+
+/// Whether a result is one of the kernel's restart codes.
+pub fn is_restart(ret: i64) -> bool {
+    (RESTART_BLOCK..=RESTARTSYS).contains(&ret) && ret != -515
+}
+
+/// Why a guest's threads are being stopped.
+pub(super) enum Hold {
+    /// Its vessel was stopped by job control.
+    Stopped,
+    /// It goes home.
+    Home(linklayer::stay::StayReason),
+}
+
+/// What to do at the stop that follows an interrupt.
+pub(super) enum After {
+    /// Nothing: the kernel sees to the signal.
+    Go,
+    /// Exchange the call for rt_sigsuspend(2) with the call's own mask, so that the kernel delivers under it.
+    Suspend {
+        /// Where the mask is in the guest's memory.
+        address: u64,
+        /// The call's result after the handler.
+        ret: i64,
+    },
+}
+
+/// A guest thread as the tracer keeps it.
+pub(super) struct Traced {
+    pub(super) thread: Arc<Thread>,
+    /// Signals queued for it with the siginfo they are to have, by the token they carry.
+    fixes: Vec<(u64, SigInfo)>,
+    after: Option<After>,
+    /// Registers from before the exchange for rt_sigsuspend, with the result in them.
+    suspended: Option<Box<Regs>>,
+    /// It is kept stopped.
+    pub(super) held: Option<Stopped>,
+    pub(super) cloning: Option<super::clone::Cloning>,
+    /// It waits in vfork for this child; stopped just after its call.
+    pub(super) vfork: Option<(i32, Stopped)>,
+}
+
+impl Traced {
+    pub(super) fn new(thread: Arc<Thread>) -> Traced {
+        Traced {
+            thread,
+            fixes: Vec::new(),
+            after: None,
+            suspended: None,
+            held: None,
+            cloning: None,
+            vfork: None,
+        }
+    }
+}
+
+/// The tracer's own state.
+pub struct Tracer {
+    pub(super) shared: Arc<Shared>,
+    commands: Receiver<Command>,
+    wake: Arc<EventFd>,
+    children: SignalFd,
+    pub(super) cage: Option<Cage>,
+    pub(super) config: super::SupervisorConfig,
+    pub(super) threads: HashMap<i32, Traced>,
+    pub(super) strays: HashMap<i32, Stopped>,
+    pub(super) holds: HashMap<i32, Hold>,
+    /// Stopped and built, waiting for home's word to run.
+    pub(super) built: HashMap<i32, Stopped>,
+    next_token: u64,
+}
+
+impl Tracer {
+    /// Makes the calling thread the tracer. SIGCHLD must be blocked in every thread of the process.
+    ///
+    /// # Errors
+    /// When the kernel gives no signalfd.
+    pub fn new(
+        shared: Arc<Shared>,
+        commands: Receiver<Command>,
+        wake: Arc<EventFd>,
+        config: super::SupervisorConfig,
+    ) -> anyhow::Result<Tracer> {
+        let mut set = SigSet::empty();
+        set.add(Signal::SIGCHLD);
+        set.thread_block()?;
+        Ok(Tracer {
+            shared,
+            commands,
+            wake,
+            children: SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?,
+            cage: None,
+            config,
+            threads: HashMap::new(),
+            strays: HashMap::new(),
+            holds: HashMap::new(),
+            built: HashMap::new(),
+            next_token: 1,
+        })
+    }
+
+    /// Serves until the job has ended or the contact is lost for good; nothing of it is left then.
+    ///
+    /// # Errors
+    /// Those of poll(2) and waitpid(2).
+    pub fn run(&mut self) -> anyhow::Result<String> {
+        loop {
+            let guests: Vec<Arc<Guest>> = self.shared.guests.read().values().cloned().collect();
+            let mut fds = vec![
+                PollFd::new(self.children.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
+            ];
+            fds.extend(
+                guests
+                    .iter()
+                    .map(|g| PollFd::new(g.exited.as_fd(), PollFlags::POLLIN)),
+            );
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+            if fds[1].revents().is_some_and(|r| !r.is_empty()) {
+                let _ = self.wake.read();
+            }
+            while let Ok(Some(_)) = self.children.read_signal() {}
+            self.reports()?;
+            while let Ok(command) = self.commands.try_recv() {
+                if let Command::End(why) = command {
+                    return Ok(why);
+                }
+                if let Err(e) = self.command(command) {
+                    if !gone(&e) {
+                        tracing::error!(error = format!("{e:#}"), "command not carried out");
+                    }
+                }
+                self.reports()?;
+            }
+        }
+    }
+
+    fn reports(&mut self) -> anyhow::Result<()> {
+        while let Some((outer, status)) = ptrace::wait(Target::Mine, true)? {
+            match status {
+                Status::Exited(code) => self.gone(outer, code << 8),
+                Status::Signaled { sig, .. } => self.gone(outer, sig),
+                Status::Stopped(stopped) => {
+                    if !self.threads.contains_key(&outer) {
+                        self.strays.insert(outer, stopped);
+                        if let Err(e) = self.stray_appears(outer) {
+                            tracing::error!(outer, error = format!("{e:#}"), "new child not set up");
+                        }
+                        continue;
+                    }
+                    if let Err(e) = self.stopped(outer, stopped) {
+                        if !gone(&e) {
+                            tracing::error!(outer, error = format!("{e:#}"), "guest thread not handled");
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn command(&mut self, command: Command) -> anyhow::Result<()> {
+        match command {
+            Command::Build(build) => self.build(*build),
+            Command::LaunchGo(pid) => self.launch_go(pid),
+            Command::Signal(signal) => self.relay(&signal),
+            Command::Reply {
+                outer,
+                notification,
+                ret,
+                mask,
+            } => self.reply(outer, notification, ret, mask),
+            Command::Cloned { outer, reply } => self.cloned(outer, reply),
+            Command::Freeze(pid) => self.hold(pid, Hold::Stopped),
+            Command::Thaw(pid) => self.thaw(pid),
+            Command::Discard(pid) => self.discard(pid),
+            Command::GoHome(pid, reason) => self.hold(pid, Hold::Home(reason)),
+            Command::WentHome(pid, result) => self.went_home(pid, result),
+            Command::End(_) => Ok(()),
+        }
+    }
+
+    fn stopped(&mut self, outer: i32, mut stopped: Stopped) -> anyhow::Result<()> {
+        match stopped.stop() {
+            Stop::Signal(sig) => {
+                let Some(traced) = self.threads.get_mut(&outer) else {
+                    return Ok(());
+                };
+                let mut regs = stopped.regs()?;
+                if let Some(original) = traced.suspended.take() {
+                    // The handler must see the registers of the call it interrupts.
+                    stopped.set_regs(&original)?;
+                } else if regs.orig_rax as i64 >= 0
+                    && regs.rax as i64 == RESTARTSYS
+                    && notified(regs.orig_rax)
+                {
+                    // A notification that was withdrawn before anybody received it: natively the call had not begun.
+                    regs.rax = RESTARTNOINTR as u64;
+                    stopped.set_regs(&regs)?;
+                }
+                let info = stopped.siginfo()?;
+                let token = shim::signal::info_value(&info);
+                if info.code() == libc::SI_QUEUE {
+                    if let Some(at) = traced.fixes.iter().position(|(t, _)| *t == token) {
+                        let (_, true_info) = traced.fixes.swap_remove(at);
+                        stopped.set_siginfo(&true_info)?;
+                        traced.thread.queued.fetch_sub(1, Ordering::AcqRel);
+                    } else if let Some(true_info) = self.take_process_fix(outer, token) {
+                        stopped.set_siginfo(&true_info)?;
+                    }
+                }
+                stopped.cont(sig)?;
+            }
+            Stop::Seccomp(_) => self.clone_begins(outer, stopped)?,
+            Stop::Fork(_) | Stop::Vfork(_) | Stop::Clone(_) | Stop::Syscall => {
+                self.clone_proceeds(outer, stopped)?
+            }
+            Stop::Interrupt | Stop::Group(_) => self.interrupted(outer, stopped)?,
+            _ => stopped.cont(0)?,
+        }
+        Ok(())
+    }
+
+    /// A process-directed signal was taken by this thread; its siginfo is kept with the leader.
+    fn take_process_fix(&mut self, outer: i32, token: u64) -> Option<SigInfo> {
+        let leader = self.threads.get(&outer)?.thread.guest.outer;
+        let traced = self.threads.get_mut(&leader)?;
+        let at = traced.fixes.iter().position(|(t, _)| *t == token)?;
+        Some(traced.fixes.swap_remove(at).1)
+    }
+
+    fn interrupted(&mut self, outer: i32, mut stopped: Stopped) -> anyhow::Result<()> {
+        let Some(traced) = self.threads.get_mut(&outer) else {
+            return Ok(());
+        };
+        if traced.cloning.is_some() {
+            return self.clone_proceeds(outer, stopped);
+        }
+        match traced.after.take() {
+            Some(After::Suspend { address, ret }) => {
+                let mut original = stopped.regs()?;
+                let mut regs = original;
+                regs.rip -= 2;
+                regs.rax = libc::SYS_rt_sigsuspend as u64;
+                regs.orig_rax = u64::MAX;
+                regs.rdi = address;
+                regs.rsi = 8;
+                original.rax = ret as u64;
+                traced.suspended = Some(Box::new(original));
+                stopped.set_regs(&regs)?;
+                stopped.cont(0)?;
+                return Ok(());
+            }
+            Some(After::Go) | None => {}
+        }
+        let pid = traced.thread.guest.pid;
+        if self.holds.contains_key(&pid) {
+            traced.held = Some(stopped);
+            return self.all_held(pid);
+        }
+        stopped.cont(0)?;
+        Ok(())
+    }
+
+    /// Answers a notification where more than the answer is needed.
+    fn reply(
+        &mut self,
+        outer: i32,
+        notification: u64,
+        ret: i64,
+        mask: Option<(u64, u64)>,
+    ) -> anyhow::Result<()> {
+        let Some(traced) = self.threads.get_mut(&outer) else {
+            return Ok(());
+        };
+        let guest = traced.thread.guest.clone();
+        let capturing = matches!(self.holds.get(&guest.pid), Some(Hold::Home(_)));
+        *traced.thread.call.lock() = InCall::Idle;
+        if !is_restart(ret) && !(mask.is_some() && ret == -i64::from(libc::EINTR)) {
+            guest.listener.send_result(notification, ret)?;
+            return Ok(());
+        }
+        if capturing {
+            // The call is made again at home.
+            guest.listener.send_result(notification, RESTARTNOINTR)?;
+            return Ok(());
+        }
+        // Without the interrupt the kernel would hand the raw code to user code.
+        ptrace::interrupt(outer)?;
+        let suspend = mask.filter(|(mask, _)| traced.thread.deliverable(Some(*mask)) != 0);
+        match suspend {
+            Some((_, address)) => {
+                traced.after = Some(After::Suspend { address, ret });
+                guest.listener.send_result(notification, RESTARTNOHAND)?;
+            }
+            None => {
+                traced.after = Some(After::Go);
+                let ret = if mask.is_some() { RESTARTNOINTR } else { ret };
+                guest.listener.send_result(notification, ret)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a signal that arrived at home to the guest.
+    fn relay(&mut self, signal: &wire::Signal) -> anyhow::Result<()> {
+        let sig = signal.signal;
+        if !(1..=64).contains(&sig) {
+            return Ok(());
+        }
+        let Some(guest) = self.shared.guests.read().get(&signal.pid).cloned() else {
+            return Ok(());
+        };
+        let info = shim::signal::info_from_bytes(&signal.info);
+        let target = if signal.tid != 0 {
+            self.threads
+                .values()
+                .find(|t| t.thread.tid == signal.tid)
+                .map(|t| t.thread.clone())
+        } else {
+            self.taker(&guest, sig)
+        };
+        let token = self.next_token;
+        self.next_token += 1;
+        let queued = shim::signal::queued_info(sig, token);
+        let Some(thread) = target else {
+            // Blocked everywhere: it stays pending for the process until somebody unblocks or waits for it.
+            if let Some(leader) = self.threads.get_mut(&guest.outer) {
+                leader.fixes.push((token, info));
+            }
+            shim::signal::queue_process(guest.outer, sig, &queued)?;
+            return Ok(());
+        };
+        if guest.ignores(sig) && thread.deliverable(None) >> (sig - 1) & 1 == 0 && !self.blocks(&thread, sig)
+        {
+            return Ok(());
+        }
+        if let Some(traced) = self.threads.get_mut(&thread.outer) {
+            traced.fixes.push((token, info));
+        }
+        thread.queued.fetch_add(1, Ordering::AcqRel);
+        shim::signal::queue_thread(guest.outer, thread.outer, sig, &queued)?;
+        self.interrupt_call(&thread, Some(sig));
+        Ok(())
+    }
+
+    fn blocks(&self, thread: &Thread, sig: i32) -> bool {
+        let mask = match &*thread.call.lock() {
+            InCall::Forwarded(f) if f.mask.is_some() => f.mask,
+            _ => super::guest::SignalStatus::read(thread.outer).map(|s| s.blocked),
+        };
+        mask.is_none_or(|m| m >> (sig - 1) & 1 == 1)
+    }
+
+    /// The thread the kernel would choose for a process-directed signal: the leader if it does not block it, else any
+    /// that does not.
+    fn taker(&self, guest: &Guest, sig: i32) -> Option<Arc<Thread>> {
+        let leader = self.threads.get(&guest.outer).map(|t| &t.thread);
+        leader
+            .into_iter()
+            .chain(
+                self.threads
+                    .values()
+                    .map(|t| &t.thread)
+                    .filter(|t| t.guest.pid == guest.pid),
+            )
+            .find(|t| !self.blocks(t, sig))
+            .cloned()
+    }
+
+    /// Asks home to interrupt the thread's call, if one is in progress there.
+    pub(super) fn interrupt_call(&self, thread: &Thread, sig: Option<i32>) {
+        if let Some(sig) = sig {
+            if self.blocks(thread, sig) {
+                return;
+            }
+        }
+        if let InCall::Forwarded(f) = &*thread.call.lock() {
+            let body = wire::encode(&wire::Interrupt {
+                tid: thread.tid,
+                seq: f.seq,
+            });
+            self.shared.tell(thread.tid, Kind::Interrupt, &body);
+        }
+    }
+
+    /// Stops all threads of a guest.
+    fn hold(&mut self, pid: i32, why: Hold) -> anyhow::Result<()> {
+        let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
+            return Ok(());
+        };
+        if matches!(self.holds.get(&pid), Some(Hold::Home(_))) {
+            return Ok(());
+        }
+        let home = matches!(why, Hold::Home(_));
+        self.holds.insert(pid, why);
+        if home {
+            guest.freezing.store(true, Ordering::Release);
+        }
+        let threads: Vec<Arc<Thread>> = self
+            .threads
+            .values()
+            .filter(|t| t.thread.guest.pid == pid)
+            .map(|t| t.thread.clone())
+            .collect();
+        for thread in threads {
+            if self.threads.get(&thread.outer).is_some_and(|t| t.held.is_some()) {
+                continue;
+            }
+            ptrace::interrupt(thread.outer)?;
+            if !home {
+                continue;
+            }
+            self.interrupt_call(&thread, None);
+            let mut call = thread.call.lock();
+            if let InCall::Held(notification) = *call {
+                // The call that takes it home: it is made again there.
+                *call = InCall::Idle;
+                guest.listener.send_result(notification, RESTARTNOINTR)?;
+            }
+        }
+        self.all_held(pid)
+    }
+
+    fn thaw(&mut self, pid: i32) -> anyhow::Result<()> {
+        if !matches!(self.holds.get(&pid), Some(Hold::Stopped)) {
+            return Ok(());
+        }
+        self.release(pid)
+    }
+
+    /// Lets all held threads of a guest run.
+    pub(super) fn release(&mut self, pid: i32) -> anyhow::Result<()> {
+        self.holds.remove(&pid);
+        if let Some(guest) = self.shared.guests.read().get(&pid) {
+            guest.freezing.store(false, Ordering::Release);
+        }
+        for traced in self.threads.values_mut().filter(|t| t.thread.guest.pid == pid) {
+            if let Some(stopped) = traced.held.take() {
+                stopped.cont(0)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn discard(&mut self, pid: i32) -> anyhow::Result<()> {
+        let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
+            return Ok(());
+        };
+        guest.leaving.store(true, Ordering::Release);
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(guest.outer), Signal::SIGKILL)?;
+        Ok(())
+    }
+
+    /// A guest thread ended (status as of waitpid(2)).
+    fn gone(&mut self, outer: i32, status: i32) {
+        self.strays.remove(&outer);
+        let Some(traced) = self.threads.remove(&outer) else {
+            return;
+        };
+        self.shared.threads.write().remove(&outer);
+        let guest = traced.thread.guest.clone();
+        self.vfork_ended(guest.pid);
+        if self.threads.values().any(|t| t.thread.guest.pid == guest.pid) {
+            if let Err(e) = self.all_held(guest.pid) {
+                tracing::debug!(error = format!("{e:#}"), "hold");
+            }
+            return;
+        }
+        self.shared.guests.write().remove(&guest.pid);
+        self.holds.remove(&guest.pid);
+        self.built.remove(&guest.pid);
+        if !guest.leaving.load(Ordering::Acquire) {
+            let signal = if status & 0x7f != 0 {
+                status & 0x7f
+            } else {
+                libc::SIGKILL
+            };
+            self.shared.tell(
+                guest.pid,
+                Kind::Died,
+                &wire::encode(&wire::Died {
+                    pid: guest.pid,
+                    signal,
+                }),
+            );
+        }
+    }
+}
+
+fn gone(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<ptrace::PtraceError>()
+        .is_some_and(ptrace::PtraceError::is_gone)
+        || error
+            .downcast_ref::<nix::errno::Errno>()
+            .is_some_and(|e| *e == nix::errno::Errno::ESRCH)
+}
+
+/// Whether calls with this number reach a listener.
+fn notified(nr: u64) -> bool {
+    u32::try_from(nr).ok().is_some_and(shim::filter::is_notified)
+}
