@@ -211,14 +211,13 @@ impl Pool {
     fn serve(&self) {
         while let Ok(pending) = self.receive.recv() {
             pending.complete();
-            if self.idle.fetch_add(1, Ordering::AcqRel) >= 16 {
-                if self
+            if self.idle.fetch_add(1, Ordering::AcqRel) >= 16
+                && self
                     .idle
                     .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1))
                     .is_ok()
-                {
-                    return;
-                }
+            {
+                return;
             }
         }
     }

@@ -116,13 +116,12 @@ impl Home {
                     }
                     return;
                 }
-                if let Err(e) = self.stopped(tid, stopped) {
-                    if !e
+                if let Err(e) = self.stopped(tid, stopped)
+                    && !e
                         .downcast_ref::<ptrace::PtraceError>()
                         .is_some_and(ptrace::PtraceError::is_gone)
-                    {
-                        tracing::error!(tid, error = format!("{e:#}"), "tracee not handled");
-                    }
+                {
+                    tracing::error!(tid, error = format!("{e:#}"), "tracee not handled");
                 }
             }
         }

@@ -96,7 +96,7 @@ impl Home {
             stopped.cont(0)?;
             return Ok(());
         }
-        let stopped = stopped.settle()?;
+        stopped.settle()?;
         let (stopped, described) = self.describe(pid, stopped);
         match described {
             Ok((image, files)) => {

@@ -67,10 +67,10 @@ impl Rebuilt {
     pub fn finish(mut self) -> Result<Stopped, RestoreError> {
         self.calls
             .call("munmap", libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0])?;
-        if !self.thread.xstate.is_empty() {
-            if let Some(stopped) = self.calls.stopped_mut() {
-                stopped.set_xstate(&self.thread.xstate)?;
-            }
+        if !self.thread.xstate.is_empty()
+            && let Some(stopped) = self.calls.stopped_mut()
+        {
+            stopped.set_xstate(&self.thread.xstate)?;
         }
         let regs = self.thread.regs;
         Ok(self.calls.end_with(&regs, self.thread.sigmask)?)

@@ -66,11 +66,9 @@ impl Tracer {
             | ptrace::Options::PTRACE_O_TRACESECCOMP;
         ptrace::seize(blank.outer_pid, options)?;
         ptrace::interrupt(blank.outer_pid)?;
-        let stopped = loop {
-            match ptrace::wait(Target::Thread(blank.outer_pid), false)? {
-                Some((_, Status::Stopped(s))) => break s,
-                _ => anyhow::bail!("the new process died"),
-            }
+        let Some((_, Status::Stopped(stopped))) = ptrace::wait(Target::Thread(blank.outer_pid), false)?
+        else {
+            anyhow::bail!("the new process died");
         };
         let mut built = shim::restore::rebuild(stopped, &image, &|id| inside.get(&id).copied(), &pages)
             .context("rebuilding the process")?;
@@ -97,10 +95,10 @@ impl Tracer {
 
     /// Kills what a failed build left in the cage.
     fn remove_half_built(&mut self, pid: i32) {
-        if let Some(cage) = &self.cage {
-            if let Err(e) = cage.kill_blank(pid) {
-                tracing::debug!(error = %e, "half-built process");
-            }
+        if let Some(cage) = &self.cage
+            && let Err(e) = cage.kill_blank(pid)
+        {
+            tracing::debug!(error = %e, "half-built process");
         }
     }
 

@@ -122,10 +122,10 @@ impl Call<'_> {
         let guest = &self.thread.guest;
         let own = self.args[0] as i32 == 0 || self.args[0] as i32 == guest.pid;
         let key = row.cache.and_then(|class| match class {
-            CacheClass::Session => own.then_some((0, self.nr, [0; 3])),
+            CacheClass::Session => own.then_some((0, self.nr)),
             // Only calls that give all in their result register: what went to memory is not kept.
             CacheClass::Creds | CacheClass::Machine if row.args.is_empty() => {
-                Some((self.thread.tid, self.nr, [0; 3]))
+                Some((self.thread.tid, self.nr))
             }
             _ => None,
         });
@@ -137,10 +137,10 @@ impl Call<'_> {
             self.shared.cache_misses.fetch_add(1, Ordering::Relaxed);
         }
         let outcome = self.forward(row);
-        if let (Outcome::Value(ret), Some(key)) = (&outcome, key) {
-            if *ret >= 0 {
-                guest.identity.lock().put(key, *ret);
-            }
+        if let (Outcome::Value(ret), Some(key)) = (&outcome, key)
+            && *ret >= 0
+        {
+            guest.identity.lock().put(key, *ret);
         }
         if !row.clears.is_empty() {
             let mut cache = guest.identity.lock();

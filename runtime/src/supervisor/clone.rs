@@ -435,10 +435,10 @@ impl Tracer {
             .iter_mut()
             .find(|(_, t)| t.vfork.as_ref().is_some_and(|(c, _)| *c == child))
             .and_then(|(outer, t)| Some((*outer, t.vfork.take()?.1)));
-        if let Some((outer, stopped)) = waiting {
-            if let Err(e) = self.resume_or_hold(outer, stopped) {
-                tracing::debug!(error = format!("{e:#}"), "vfork parent");
-            }
+        if let Some((outer, stopped)) = waiting
+            && let Err(e) = self.resume_or_hold(outer, stopped)
+        {
+            tracing::debug!(error = format!("{e:#}"), "vfork parent");
         }
     }
 

@@ -11,6 +11,9 @@ use parking_lot::Mutex;
 use shim::memory::ProcessMemory;
 use shim::notify::Listener;
 
+/// What a cached result is known by: thread (0: any), number of the call.
+pub type Known = (i32, u32);
+
 /// A guest: the user half of one process.
 pub struct Guest {
     /// Its pid, which is also the pid of its vessel at home.
@@ -28,7 +31,7 @@ pub struct Guest {
     /// Signal dispositions, kept equal to the kernel's.
     pub actions: Mutex<Vec<SigAction>>,
     /// Results that cannot change unnoticed.
-    pub identity: Mutex<LruCache<(i32, u32, [u64; 3]), i64>>,
+    pub identity: Mutex<LruCache<Known, i64>>,
     /// Program name of an exec in progress is about to replace it; its death is no news.
     pub leaving: AtomicBool,
     /// It shares its memory with another process until that executes something or ends (vfork).

@@ -161,10 +161,10 @@ impl Tracer {
                 if let Command::End(why) = command {
                     return Ok(why);
                 }
-                if let Err(e) = self.command(command) {
-                    if !gone(&e) {
-                        tracing::error!(error = format!("{e:#}"), "command not carried out");
-                    }
+                if let Err(e) = self.command(command)
+                    && !gone(&e)
+                {
+                    tracing::error!(error = format!("{e:#}"), "command not carried out");
                 }
                 self.reports()?;
             }
@@ -184,10 +184,10 @@ impl Tracer {
                         }
                         continue;
                     }
-                    if let Err(e) = self.stopped(outer, stopped) {
-                        if !gone(&e) {
-                            tracing::error!(outer, error = format!("{e:#}"), "guest thread not handled");
-                        }
+                    if let Err(e) = self.stopped(outer, stopped)
+                        && !gone(&e)
+                    {
+                        tracing::error!(outer, error = format!("{e:#}"), "guest thread not handled");
                     }
                 }
             }
@@ -312,7 +312,8 @@ impl Tracer {
         let guest = traced.thread.guest.clone();
         let capturing = matches!(self.holds.get(&guest.pid), Some(Hold::Home(_)));
         *traced.thread.call.lock() = InCall::Idle;
-        if !is_restart(ret) && !(mask.is_some() && ret == -i64::from(libc::EINTR)) {
+        let interrupted = mask.is_some() && ret == -i64::from(libc::EINTR);
+        if !is_restart(ret) && !interrupted {
             guest.listener.send_result(notification, ret)?;
             return Ok(());
         }
@@ -406,10 +407,10 @@ impl Tracer {
 
     /// Asks home to interrupt the thread's call, if one is in progress there.
     pub(super) fn interrupt_call(&self, thread: &Thread, sig: Option<i32>) {
-        if let Some(sig) = sig {
-            if self.blocks(thread, sig) {
-                return;
-            }
+        if let Some(sig) = sig
+            && self.blocks(thread, sig)
+        {
+            return;
         }
         if let InCall::Forwarded(f) = &*thread.call.lock() {
             let body = wire::encode(&wire::Interrupt {

@@ -20,7 +20,7 @@ const SLOTS: usize = 4096;
 /// Size of the arena, bytes.
 pub const ARENA_LEN: usize = SLOT_LEN * SLOTS;
 
-const _: () = assert!(DATA_AT + SLOT_DATA_LEN as usize <= SLOT_LEN);
+const _: () = assert!(DATA_AT + SLOT_DATA_LEN <= SLOT_LEN);
 
 const IDLE: u32 = 0;
 const POSTED: u32 = 1;

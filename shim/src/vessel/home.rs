@@ -133,10 +133,10 @@ impl Vessel {
                     [ARENA_ADDRESS, ARENA_LEN as u64, 0, 0, 0, 0],
                 )?;
             }
-            if !thread.xstate.is_empty() {
-                if let Some(stopped) = calls.stopped_mut() {
-                    stopped.set_xstate(&thread.xstate)?;
-                }
+            if !thread.xstate.is_empty()
+                && let Some(stopped) = calls.stopped_mut()
+            {
+                stopped.set_xstate(&thread.xstate)?;
             }
             running.push(calls.end_with(&thread.regs, thread.sigmask)?);
         }

@@ -279,11 +279,8 @@ fn start_catcher(calls: &mut RemoteCalls) -> Result<i32, VesselError> {
         | libc::CLONE_SYSVSEM;
     calls.move_to(TRAMPOLINE);
     let tid = calls.call("clone", libc::SYS_clone, [flags as u64, 0, 0, 0, 0, 0])? as i32;
-    let mut stopped = loop {
-        match ptrace::wait(Target::Thread(tid), false)? {
-            Some((_, Status::Stopped(s))) => break s,
-            _ => return Err(RemoteCallError::Ended(tid).into()),
-        }
+    let Some((_, Status::Stopped(mut stopped))) = ptrace::wait(Target::Thread(tid), false)? else {
+        return Err(RemoteCallError::Ended(tid).into());
     };
     let mut regs = stopped.regs()?;
     regs.rip = stub::catcher_address();
