@@ -29,7 +29,7 @@ impl Home {
         let shared = self.shared.clone();
         let mut namer = Namer::new(&shared, pid);
         let mut threads = vec![stopped];
-        let described = shim::capture::describe(pid, &mut threads, |f| {
+        let described = shim::capture::describe(pid, &mut threads, 0, |f| {
             namer
                 .name(f.start, f.end, f.dev, f.ino, f.path)
                 .map_err(|e| format!("{e:#}"))

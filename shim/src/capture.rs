@@ -272,7 +272,11 @@ pub fn describe(
             *tid,
             token,
             site,
-            index == 0, index + 1 == tids.len(), key, &mut brk)?;
+            index == 0,
+            index + 1 == tids.len(),
+            key,
+            &mut brk,
+        )?;
         threads.insert(index, token);
         images.push(image);
     }

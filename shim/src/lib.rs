@@ -2,7 +2,6 @@
 
 pub mod cage;
 pub mod capture;
-
 pub mod fd;
 pub mod filter;
 pub mod lab;

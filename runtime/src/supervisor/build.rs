@@ -72,13 +72,18 @@ impl Tracer {
         };
         let mut built = shim::restore::rebuild(stopped, &image, &|id| inside.get(&id).copied(), &pages)
             .context("rebuilding the process")?;
-        let listener = shim::filter::install(&mut built).context("filter")?;
+        let pid_here = built.pid();
+        let installed =
+            shim::filter::install(pid_here, false, |nr, args| built.raw(nr, args)).context("filter")?;
+        let (listener, key) = (installed.listener, installed.pass.key());
+        built.show(key);
         let stopped = built.finish().context("rebuilding the process")?;
         let listener = Arc::new(listener);
         let guest = Arc::new(Guest::new(
             pid,
             blank.outer_pid,
             listener.clone(),
+            key,
             image.actions.clone(),
         )?);
         let thread = Arc::new(Thread::new(pid, blank.outer_pid, guest.clone()));

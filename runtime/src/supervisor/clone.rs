@@ -384,7 +384,13 @@ impl Tracer {
                 parent.guest.clone()
             } else {
                 let actions = parent.guest.actions.lock().clone();
-                let guest = Arc::new(Guest::new(home, child, parent.guest.listener.clone(), actions)?);
+                let guest = Arc::new(Guest::new(
+                    home,
+                    child,
+                    parent.guest.listener.clone(),
+                    parent.guest.pass_key,
+                    actions,
+                )?);
                 if has(libc::CLONE_VM) {
                     *guest.shares_with.lock() = Some(parent.guest.pid);
                 }

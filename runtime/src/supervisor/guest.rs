@@ -26,6 +26,8 @@ pub struct Guest {
     pub memory: ProcessMemory,
     /// Where its notifications arrive; children share their parent's.
     pub listener: Arc<Listener>,
+    /// Lets calls of the supervisor's own pass the filter.
+    pub pass_key: u64,
     /// It is being captured: results that could be lost are handed to the tracer.
     pub freezing: AtomicBool,
     /// Signal dispositions, kept equal to the kernel's.
@@ -47,6 +49,7 @@ impl Guest {
         pid: i32,
         outer: i32,
         listener: Arc<Listener>,
+        pass_key: u64,
         actions: Vec<SigAction>,
     ) -> std::io::Result<Guest> {
         let capacity = std::num::NonZeroUsize::new(64).unwrap_or(std::num::NonZeroUsize::MIN);
@@ -56,6 +59,7 @@ impl Guest {
             outer,
             memory: ProcessMemory::new(outer),
             listener,
+            pass_key,
             freezing: AtomicBool::new(false),
             actions: Mutex::new(actions),
             identity: Mutex::new(LruCache::new(capacity)),

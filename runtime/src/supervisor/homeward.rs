@@ -43,7 +43,12 @@ impl Tracer {
     }
 
     fn capture(&mut self, pid: i32) -> anyhow::Result<ProcessImage> {
-        let outer = self.shared.guests.read().get(&pid).map(|g| g.outer).unwrap_or(0);
+        let (outer, key) = self
+            .shared
+            .guests
+            .read()
+            .get(&pid)
+            .map_or((0, 0), |g| (g.outer, g.pass_key));
         let ids: HashMap<i32, i32> = self
             .threads
             .iter()
@@ -57,7 +62,7 @@ impl Tracer {
             .filter_map(|o| self.threads.get_mut(o).and_then(|t| t.held.take()))
             .collect::<Vec<_>>();
         // Nothing but our memfds backs files here, and they carry their number.
-        let described = shim::capture::describe(outer, &mut tokens, |file| {
+        let described = shim::capture::describe(outer, &mut tokens, key, |file| {
             Err(format!(
                 "{} is no file of home",
                 String::from_utf8_lossy(file.path)
