@@ -9,7 +9,8 @@
 //! | 4 | 4 | `tid`: the thread that the frame is about |
 //! | 8 | 8 | `seq`: the number that ties a reply to its call |
 //! | 16 | 4 | `len`: length of the payload in bytes, at most [`MAX_PAYLOAD`] |
-//! | 20 | 4 | the link's own word: acknowledgement of the lane's other direction (`session`) |
+//! | 20 | 4 | the link's own word: acknowledgement of the other direction (`session`) |
+//! | 24 | 4 | the lane |
 //!
 //! A peer is hostile input: an [`Assembler`] takes bytes as they come, allocates in proportion to what has arrived,
 //! and fails for good on the first header that breaks a limit.
@@ -17,7 +18,7 @@
 use thiserror::Error;
 
 /// Length of an encoded header in bytes.
-pub const HEADER_LEN: usize = 24;
+pub const HEADER_LEN: usize = 28;
 
 /// The largest payload of one frame in bytes. A header that announces more is an error that ends the link.
 pub const MAX_PAYLOAD: usize = 4 << 20;
@@ -87,8 +88,8 @@ impl Header {
         self.flags & flags::REPLY != 0
     }
 
-    /// Encodes the header with the link's own word.
-    pub fn encode(&self, word: u32) -> [u8; HEADER_LEN] {
+    /// Encodes the header with its lane and the link's own word.
+    pub fn encode(&self, lane: u32, word: u32) -> [u8; HEADER_LEN] {
         let mut out = [0; HEADER_LEN];
         out[0..2].copy_from_slice(&self.kind.to_le_bytes());
         out[2..4].copy_from_slice(&self.flags.to_le_bytes());
@@ -96,11 +97,12 @@ impl Header {
         out[8..16].copy_from_slice(&self.seq.to_le_bytes());
         out[16..20].copy_from_slice(&self.len.to_le_bytes());
         out[20..24].copy_from_slice(&word.to_le_bytes());
+        out[24..28].copy_from_slice(&lane.to_le_bytes());
         out
     }
 
-    /// Decodes a header and the link's own word; every limit of the header is checked.
-    pub fn decode(bytes: &[u8; HEADER_LEN]) -> Result<(Self, u32), FrameError> {
+    /// Decodes a header, its lane, and the link's own word; every limit of the header is checked.
+    pub fn decode(bytes: &[u8; HEADER_LEN]) -> Result<(Self, u32, u32), FrameError> {
         let [
             k0,
             k1,
@@ -119,6 +121,10 @@ impl Header {
             w1,
             w2,
             w3,
+            n0,
+            n1,
+            n2,
+            n3,
         ] = *bytes;
         let header = Self {
             kind: u16::from_le_bytes([k0, k1]),
@@ -133,7 +139,8 @@ impl Header {
                 len: header.len,
             });
         }
-        Ok((header, u32::from_le_bytes([w0, w1, w2, w3])))
+        let lane = u32::from_le_bytes([n0, n1, n2, n3]);
+        Ok((header, lane, u32::from_le_bytes([w0, w1, w2, w3])))
     }
 }
 
@@ -142,6 +149,8 @@ impl Header {
 pub struct Frame {
     /// Its head; `len` is the length of `payload`.
     pub header: Header,
+    /// The lane that it is on.
+    pub lane: u32,
     /// The link's own word of the head.
     pub word: u32,
     /// The payload.
@@ -169,10 +178,11 @@ impl Assembler {
             if self.have < HEADER_LEN {
                 return Ok(None);
             }
-            let (header, word) = Header::decode(&self.head)?;
+            let (header, lane, word) = Header::decode(&self.head)?;
             let payload = Vec::with_capacity((header.len as usize).min(EAGER_BYTES));
             self.body = Some(Frame {
                 header,
+                lane,
                 word,
                 payload,
             });
@@ -210,15 +220,15 @@ mod tests {
             seq: 0x1122_3344_5566_7788,
             len: 9,
         };
-        let bytes = header.encode(0xdead_beef);
+        let bytes = header.encode(0x0506_0708, 0xdead_beef);
         assert_eq!(
             bytes,
             [
                 0x02, 0x01, 0x04, 0x03, 0xfe, 0xff, 0xff, 0xff, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22,
-                0x11, 9, 0, 0, 0, 0xef, 0xbe, 0xad, 0xde
+                0x11, 9, 0, 0, 0, 0xef, 0xbe, 0xad, 0xde, 8, 7, 6, 5
             ]
         );
-        assert_eq!(Header::decode(&bytes), Ok((header, 0xdead_beef)));
+        assert_eq!(Header::decode(&bytes), Ok((header, 0x0506_0708, 0xdead_beef)));
     }
 
     #[test]
@@ -232,9 +242,9 @@ mod tests {
             kind: 7,
             len: header.len,
         };
-        assert_eq!(Header::decode(&header.encode(0)), Err(error));
+        assert_eq!(Header::decode(&header.encode(3, 0)), Err(error));
         assert_eq!(
-            Assembler::default().push(&mut header.encode(0).as_slice()),
+            Assembler::default().push(&mut header.encode(3, 0).as_slice()),
             Err(error)
         );
     }
@@ -246,7 +256,7 @@ mod tests {
             len: MAX_PAYLOAD as u32,
             ..Header::default()
         };
-        assert_eq!(assembler.push(&mut header.encode(0).as_slice()), Ok(None));
+        assert_eq!(assembler.push(&mut header.encode(3, 0).as_slice()), Ok(None));
         assert!(assembler.body.as_ref().unwrap().payload.capacity() <= EAGER_BYTES);
     }
 
@@ -261,9 +271,9 @@ mod tests {
             for (n, size) in sizes.iter().enumerate() {
                 let header = Header { kind: n as u16, flags: 1, tid: 5, seq: n as u64, len: *size as u32 };
                 let payload = vec![n as u8; *size];
-                wire.extend_from_slice(&header.encode(n as u32));
+                wire.extend_from_slice(&header.encode(8, n as u32));
                 wire.extend_from_slice(&payload);
-                sent.push(Frame { header, word: n as u32, payload });
+                sent.push(Frame { header, lane: 8, word: n as u32, payload });
             }
             let mut assembler = Assembler::default();
             let mut got = Vec::new();

@@ -5,14 +5,17 @@
 //! connection stands, and drops what it has seen before: a frame is delivered once, in the order of its lane, or the
 //! session fails.
 //!
-//! Frames of a lane are numbered from 0 by position alone; nothing of it is in the frame. A lane's stream on a new
+//! There is no end of lanes, one for each thread that ever was; they share a fixed number of *channels*
+//! ([`channel_of`]), each of which keeps the order.
+//!
+//! Frames of a channel are numbered from 0 by position alone; nothing of it is in the frame. A channel's stream on a new
 //! connection starts with the number of its first frame ([`Session::next_index`]). Acknowledgements are cumulative per
-//! lane: the low 32 bits ride in the header of every frame that goes the other way, and the full number is told on the
+//! channel: the low 32 bits ride in the header of every frame that goes the other way, and the full number is told on the
 //! control stream when no frame does so for [`ACK_DELAY`] or after [`ACK_BYTES`].
 //!
 //! Sans-IO: no clock, no sockets. Inputs are [`push`](Session::push), [`receive`](Session::receive),
 //! [`acknowledged`](Session::acknowledged), [`resume`](Session::resume) and [`disconnected`](Session::disconnected);
-//! outputs are [`poll_lane`](Session::poll_lane), [`poll_frame`](Session::poll_frame) and
+//! outputs are [`poll_channel`](Session::poll_channel), [`poll_frame`](Session::poll_frame) and
 //! [`take_acks`](Session::take_acks) once [`next_timeout`](Session::next_timeout) has come.
 
 use std::collections::{HashMap, VecDeque};
@@ -23,17 +26,17 @@ use thiserror::Error;
 
 use crate::frame::{HEADER_LEN, Header, MAX_PAYLOAD};
 
-/// Lanes that a session can have. A peer that opens more breaks the protocol.
-pub const MAX_LANES: usize = 8192;
-/// The lane number that the link keeps for itself.
-pub const CONTROL_LANE: u32 = u32::MAX;
-/// How long a received frame may stay unacknowledged when nothing is sent on its lane.
+/// Channels of a session, numbered from 0. A peer that uses another one breaks the protocol.
+pub const CHANNELS: u32 = 1024;
+/// The channel number that the link keeps for itself.
+pub const CONTROL_CHANNEL: u32 = u32::MAX;
+/// How long a received frame may stay unacknowledged when nothing is sent on its channel.
 pub const ACK_DELAY: Duration = Duration::from_millis(50);
 /// Received bytes after which an acknowledgement is due at once.
 pub const ACK_BYTES: usize = 512 << 10;
 
-/// Why a session cannot go on, or a frame cannot be taken. Except for [`SessionError::TooLong`] and
-/// [`SessionError::TooManyLanes`] on sending, which change nothing, the session is broken afterwards.
+/// Why a session cannot go on, or a frame cannot be taken. After all but [`SessionError::TooLong`], which changes
+/// nothing, the session is broken.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SessionError {
     /// The payload of a frame to be sent is longer than [`MAX_PAYLOAD`].
@@ -42,17 +45,17 @@ pub enum SessionError {
         /// Its length in bytes.
         len: usize,
     },
-    /// More than [`MAX_LANES`] lanes, or the reserved lane.
-    #[error("lane {lane} is one too many or reserved")]
-    TooManyLanes {
-        /// The lane that was asked for.
-        lane: u32,
+    /// There is no such channel, or the frame's lane belongs to another.
+    #[error("channel {channel} does not exist or does not carry the frame's lane")]
+    BadChannel {
+        /// The channel that the peer used.
+        channel: u32,
     },
     /// The peer claims to have received what was never sent, or to have lost what it acknowledged.
-    #[error("the peer's position {claimed} on lane {lane} is outside of {from}..={to}")]
+    #[error("the peer's position {claimed} on channel {channel} is outside of {from}..={to}")]
     BadPosition {
-        /// The lane.
-        lane: u32,
+        /// The channel.
+        channel: u32,
         /// What the peer claims.
         claimed: u64,
         /// The first position that is possible.
@@ -61,10 +64,10 @@ pub enum SessionError {
         to: u64,
     },
     /// The peer left out frames.
-    #[error("lane {lane} goes on with frame {index}, but {expected} is next")]
+    #[error("channel {channel} goes on with frame {index}, but {expected} is next")]
     Gap {
-        /// The lane.
-        lane: u32,
+        /// The channel.
+        channel: u32,
         /// The number of the frame that came.
         index: u64,
         /// The number of the frame that is due.
@@ -82,30 +85,35 @@ pub enum Receipt {
 }
 
 #[derive(Debug, Default)]
-struct Lane {
+struct Channel {
     /// Number of the first frame in `kept`.
     base: u64,
     /// Frames that the peer has not acknowledged.
     kept: VecDeque<Bytes>,
     /// How many of `kept` the present connection has taken.
     taken: usize,
-    /// Whether the lane waits in `ready`.
+    /// Whether the channel waits in `ready`.
     ready: bool,
     /// Frames received.
     received: u64,
     /// What the peer was told of `received`.
     told: u64,
-    /// Whether the lane waits in `unacked`.
+    /// Whether the channel waits in `unacked`.
     unacked: bool,
+}
+
+/// The channel that carries `lane`.
+pub const fn channel_of(lane: u32) -> u32 {
+    lane % CHANNELS
 }
 
 /// One end's memory of a conversation. See the module's documentation.
 #[derive(Debug, Default)]
 pub struct Session {
-    lanes: HashMap<u32, Lane>,
-    /// Lanes with frames that the present connection has not taken.
+    channels: HashMap<u32, Channel>,
+    /// Channels with frames that the present connection has not taken.
     ready: VecDeque<u32>,
-    /// Lanes whose peer was not told everything.
+    /// Channels whose peer was not told everything.
     unacked: Vec<u32>,
     ack_at: Option<Instant>,
     received_bytes: usize,
@@ -121,7 +129,7 @@ impl Session {
         Self::default()
     }
 
-    /// Takes a frame to be sent: `header` with its length set to that of `parts`, which are put one after the other.
+    /// Takes a frame to be sent on `lane`: `header` with its length set to that of `parts`, which are put one after the other.
     ///
     /// On an error nothing has changed.
     pub fn push(&mut self, lane: u32, mut header: Header, parts: &[&[u8]]) -> Result<(), SessionError> {
@@ -130,10 +138,11 @@ impl Session {
             return Err(SessionError::TooLong { len });
         }
         header.len = len as u32;
+        let channel = channel_of(lane);
         let connected = self.connected;
-        let entry = self.lane(lane)?;
+        let entry = self.channel(channel)?;
         let mut bytes = BytesMut::with_capacity(HEADER_LEN + len);
-        bytes.put_slice(&header.encode(entry.received as u32));
+        bytes.put_slice(&header.encode(lane, entry.received as u32));
         for part in parts {
             bytes.put_slice(part);
         }
@@ -143,7 +152,7 @@ impl Session {
         entry.kept.push_back(bytes.freeze());
         let newly_ready = !std::mem::replace(&mut entry.ready, true);
         if newly_ready {
-            self.ready.push_back(lane);
+            self.ready.push_back(channel);
         }
         self.kept_bytes += HEADER_LEN + len;
         Ok(())
@@ -154,22 +163,22 @@ impl Session {
     pub fn resume(&mut self, positions: &[(u32, u64)]) -> Result<(), SessionError> {
         self.disconnected();
         let peer: HashMap<u32, u64> = positions.iter().copied().collect();
-        for (&lane, &claimed) in &peer {
-            if claimed > 0 && !self.lanes.contains_key(&lane) {
+        for (&channel, &claimed) in &peer {
+            if claimed > 0 && !self.channels.contains_key(&channel) {
                 return Err(SessionError::BadPosition {
-                    lane,
+                    channel,
                     claimed,
                     from: 0,
                     to: 0,
                 });
             }
         }
-        for (&lane, entry) in &mut self.lanes {
-            let claimed = peer.get(&lane).copied().unwrap_or(0);
+        for (&channel, entry) in &mut self.channels {
+            let claimed = peer.get(&channel).copied().unwrap_or(0);
             let (from, to) = (entry.base, entry.base + entry.kept.len() as u64);
             if claimed < from || claimed > to {
                 return Err(SessionError::BadPosition {
-                    lane,
+                    channel,
                     claimed,
                     from,
                     to,
@@ -182,11 +191,11 @@ impl Session {
             entry.told = entry.received;
             if !entry.kept.is_empty() {
                 entry.ready = true;
-                self.ready.push_back(lane);
+                self.ready.push_back(channel);
             }
         }
         self.unacked.clear();
-        self.lanes.values_mut().for_each(|entry| entry.unacked = false);
+        self.channels.values_mut().for_each(|entry| entry.unacked = false);
         self.ack_at = None;
         self.received_bytes = 0;
         self.connected = true;
@@ -198,62 +207,66 @@ impl Session {
         self.connected = false;
         self.ready.clear();
         self.ack_at = None;
-        self.lanes.values_mut().for_each(|entry| entry.ready = false);
+        self.channels.values_mut().for_each(|entry| entry.ready = false);
     }
 
-    /// How many frames were received on each lane that has any: what the peer needs to resume.
+    /// How many frames were received on each channel that has any: what the peer needs to resume.
     pub fn positions(&self) -> Vec<(u32, u64)> {
-        self.lanes
+        self.channels
             .iter()
             .filter(|(_, entry)| entry.received > 0)
-            .map(|(&lane, entry)| (lane, entry.received))
+            .map(|(&channel, entry)| (channel, entry.received))
             .collect()
     }
 
-    /// The next lane that has frames to be written. It is named once; its frames must then be taken with
+    /// The next channel that has frames to be written. It is named once; its frames must then be taken with
     /// [`Session::poll_frame`] until there is none, now or when the connection can take more.
-    pub fn poll_lane(&mut self) -> Option<u32> {
+    pub fn poll_channel(&mut self) -> Option<u32> {
         if !self.connected {
             return None;
         }
-        let lane = self.ready.pop_front()?;
-        if let Some(entry) = self.lanes.get_mut(&lane) {
+        let channel = self.ready.pop_front()?;
+        if let Some(entry) = self.channels.get_mut(&channel) {
             entry.ready = false;
         }
-        Some(lane)
+        Some(channel)
     }
 
-    /// The next frame of `lane` for the present connection, with its header; the session keeps it, too.
-    pub fn poll_frame(&mut self, lane: u32) -> Option<Bytes> {
+    /// The next frame of `channel` for the present connection, with its header; the session keeps it, too.
+    pub fn poll_frame(&mut self, channel: u32) -> Option<Bytes> {
         if !self.connected {
             return None;
         }
-        let entry = self.lanes.get_mut(&lane)?;
+        let entry = self.channels.get_mut(&channel)?;
         let frame = entry.kept.get(entry.taken)?.clone();
         entry.taken += 1;
         Some(frame)
     }
 
-    /// The number of the frame that [`Session::poll_frame`] returns next for `lane`.
-    pub fn next_index(&self, lane: u32) -> u64 {
-        self.lanes
-            .get(&lane)
+    /// The number of the frame that [`Session::poll_frame`] returns next for `channel`.
+    pub fn next_index(&self, channel: u32) -> u64 {
+        self.channels
+            .get(&channel)
             .map_or(0, |entry| entry.base + entry.taken as u64)
     }
 
-    /// A whole frame of `len` payload bytes arrived as number `index` of `lane`, with `word` in its header.
+    /// A whole frame of `len` payload bytes of `lane` arrived as number `index` of `channel`, with `word` in its header.
     pub fn receive(
         &mut self,
         now: Instant,
-        lane: u32,
+        channel: u32,
         index: u64,
+        lane: u32,
         word: u32,
         len: usize,
     ) -> Result<Receipt, SessionError> {
-        let entry = self.lane(lane)?;
+        if channel_of(lane) != channel {
+            return Err(SessionError::BadChannel { channel });
+        }
+        let entry = self.channel(channel)?;
         if index > entry.received {
             return Err(SessionError::Gap {
-                lane,
+                channel,
                 index,
                 expected: entry.received,
             });
@@ -269,7 +282,7 @@ impl Session {
         let freed = entry.trim_word(word);
         self.kept_bytes -= freed;
         if newly_unacked {
-            self.unacked.push(lane);
+            self.unacked.push(channel);
         }
         self.received_bytes += HEADER_LEN + len;
         let due = if self.received_bytes >= ACK_BYTES {
@@ -285,16 +298,16 @@ impl Session {
         Ok(Receipt::Duplicate)
     }
 
-    /// The number that the next frame on `lane` is expected to have.
-    pub fn expected(&self, lane: u32) -> u64 {
-        self.lanes.get(&lane).map_or(0, |entry| entry.received)
+    /// The number that the next frame on `channel` is expected to have.
+    pub fn expected(&self, channel: u32) -> u64 {
+        self.channels.get(&channel).map_or(0, |entry| entry.received)
     }
 
-    /// The peer says that it has the first `upto` frames of `lane`.
-    pub fn acknowledged(&mut self, lane: u32, upto: u64) -> Result<(), SessionError> {
-        let Some(entry) = self.lanes.get_mut(&lane) else {
+    /// The peer says that it has the first `upto` frames of `channel`.
+    pub fn acknowledged(&mut self, channel: u32, upto: u64) -> Result<(), SessionError> {
+        let Some(entry) = self.channels.get_mut(&channel) else {
             return Err(SessionError::BadPosition {
-                lane,
+                channel,
                 claimed: upto,
                 from: 0,
                 to: 0,
@@ -303,7 +316,7 @@ impl Session {
         let to = entry.base + entry.taken as u64;
         if upto > to {
             return Err(SessionError::BadPosition {
-                lane,
+                channel,
                 claimed: upto,
                 from: entry.base,
                 to,
@@ -325,19 +338,19 @@ impl Session {
         }
     }
 
-    /// The lanes whose peer was not told everything, with the number of frames received on each. They count as told.
+    /// The channels whose peer was not told everything, with the number of frames received on each. They count as told.
     pub fn take_acks(&mut self) -> Vec<(u32, u64)> {
         self.ack_at = None;
         self.received_bytes = 0;
         let mut acks = Vec::new();
-        for lane in self.unacked.drain(..) {
-            let Some(entry) = self.lanes.get_mut(&lane) else {
+        for channel in self.unacked.drain(..) {
+            let Some(entry) = self.channels.get_mut(&channel) else {
                 continue;
             };
             entry.unacked = false;
             if entry.told != entry.received {
                 entry.told = entry.received;
-                acks.push((lane, entry.received));
+                acks.push((channel, entry.received));
             }
         }
         acks
@@ -358,15 +371,15 @@ impl Session {
         self.resent
     }
 
-    fn lane(&mut self, lane: u32) -> Result<&mut Lane, SessionError> {
-        if lane == CONTROL_LANE || (self.lanes.len() >= MAX_LANES && !self.lanes.contains_key(&lane)) {
-            return Err(SessionError::TooManyLanes { lane });
+    fn channel(&mut self, channel: u32) -> Result<&mut Channel, SessionError> {
+        if channel >= CHANNELS {
+            return Err(SessionError::BadChannel { channel });
         }
-        Ok(self.lanes.entry(lane).or_default())
+        Ok(self.channels.entry(channel).or_default())
     }
 }
 
-impl Lane {
+impl Channel {
     /// Forgets the frames before `upto`, which is at most the number of frames there are; returns their bytes.
     fn trim(&mut self, upto: u64) -> usize {
         let mut bytes = 0;
@@ -379,7 +392,7 @@ impl Lane {
         bytes
     }
 
-    /// As [`Lane::trim`], with the low half of the number: a word that fits nothing that was sent is an old one.
+    /// As [`Channel::trim`], with the low half of the number: a word that fits nothing that was sent is an old one.
     fn trim_word(&mut self, word: u32) -> usize {
         let ahead = u64::from(word.wrapping_sub(self.base as u32));
         if ahead <= self.taken as u64 {

@@ -10,8 +10,8 @@ use crate::frame::Assembler;
 /// What one end has put on the way to the other on the present connection.
 #[derive(Default)]
 struct Way {
-    /// Per lane: number of the first frame on this connection, then the frames.
-    lanes: HashMap<u32, (u64, VecDeque<Bytes>)>,
+    /// Per channel: number of the first frame on this connection, then the frames.
+    channels: HashMap<u32, (u64, VecDeque<Bytes>)>,
     acks: VecDeque<Vec<(u32, u64)>>,
 }
 
@@ -53,18 +53,18 @@ impl Pair {
 
     fn write(&mut self, from: usize) {
         let (session, way) = (&mut self.ends[from].session, &mut self.ways[from]);
-        while let Some(lane) = session.poll_lane() {
-            let first = session.next_index(lane);
-            let (_, frames) = way.lanes.entry(lane).or_insert((first, VecDeque::new()));
-            while let Some(frame) = session.poll_frame(lane) {
+        while let Some(channel) = session.poll_channel() {
+            let first = session.next_index(channel);
+            let (_, frames) = way.channels.entry(channel).or_insert((first, VecDeque::new()));
+            while let Some(frame) = session.poll_frame(channel) {
                 frames.push_back(frame);
             }
         }
     }
 
-    /// Delivers one frame of `lane`, if one is under way.
-    fn deliver(&mut self, from: usize, lane: u32) -> bool {
-        let Some((index, frames)) = self.ways[from].lanes.get_mut(&lane) else {
+    /// Delivers one frame of `channel`, if one is under way.
+    fn deliver(&mut self, from: usize, channel: u32) -> bool {
+        let Some((index, frames)) = self.ways[from].channels.get_mut(&channel) else {
             return false;
         };
         let Some(bytes) = frames.pop_front() else {
@@ -76,10 +76,17 @@ impl Pair {
         let to = &mut self.ends[1 - from];
         let receipt = to
             .session
-            .receive(self.now, lane, number, frame.word, frame.payload.len())
+            .receive(
+                self.now,
+                channel,
+                number,
+                frame.lane,
+                frame.word,
+                frame.payload.len(),
+            )
             .unwrap();
         if receipt == Receipt::New {
-            to.delivered.entry(lane).or_default().push(frame.payload);
+            to.delivered.entry(frame.lane).or_default().push(frame.payload);
         }
         true
     }
@@ -98,8 +105,8 @@ impl Pair {
 
     fn deliver_acks(&mut self, from: usize) {
         while let Some(acks) = self.ways[from].acks.pop_front() {
-            for (lane, upto) in acks {
-                self.ends[1 - from].session.acknowledged(lane, upto).unwrap();
+            for (channel, upto) in acks {
+                self.ends[1 - from].session.acknowledged(channel, upto).unwrap();
             }
         }
     }
@@ -121,9 +128,9 @@ impl Pair {
     fn settle(&mut self) {
         for _ in 0..3 {
             for from in [0, 1] {
-                let lanes: Vec<u32> = self.ways[from].lanes.keys().copied().collect();
-                for lane in lanes {
-                    while self.deliver(from, lane) {}
+                let channels: Vec<u32> = self.ways[from].channels.keys().copied().collect();
+                for channel in channels {
+                    while self.deliver(from, channel) {}
                 }
                 self.deliver_acks(from);
             }
@@ -212,14 +219,14 @@ fn impossible_claims_are_refused() {
     assert!(session.resume(&[(1, 2)]).is_err());
     assert!(session.resume(&[(7, 1)]).is_err());
     assert_eq!(
-        session.receive(now, 1, 3, 0, 1),
+        session.receive(now, 1, 3, 1, 0, 1),
         Err(SessionError::Gap {
-            lane: 1,
+            channel: 1,
             index: 3,
             expected: 0
         })
     );
-    assert!(session.receive(now, CONTROL_LANE, 0, 0, 1).is_err());
+    assert!(session.receive(now, CONTROL_CHANNEL, 0, 1, 0, 1).is_err());
     session.acknowledged(1, 1).unwrap();
     assert!(
         session.resume(&[]).is_err(),
@@ -228,22 +235,26 @@ fn impossible_claims_are_refused() {
 }
 
 #[test]
-fn lanes_are_limited() {
-    let mut session = Session::new();
-    for lane in 0..MAX_LANES as u32 {
-        session.push(lane, Header::default(), &[]).unwrap();
+fn there_is_no_end_of_lanes() {
+    let mut pair = Pair::new();
+    for lane in [0, 1, CHANNELS, CHANNELS + 1, 77_777, u32::MAX] {
+        pair.push(0, lane, lane.to_le_bytes().to_vec());
+        pair.push(1, lane, lane.to_le_bytes().to_vec());
     }
-    let lane = MAX_LANES as u32;
-    assert_eq!(
-        session.push(lane, Header::default(), &[]),
-        Err(SessionError::TooManyLanes { lane })
-    );
-    session.push(0, Header::default(), &[]).unwrap();
+    pair.settle();
+    pair.check();
+    let now = pair.now;
+    let wrong = pair.ends[0].session.receive(now, 1, 0, 2, 0, 1);
+    assert_eq!(wrong, Err(SessionError::BadChannel { channel: 1 }));
+}
+
+#[test]
+fn payloads_are_limited() {
+    let mut session = Session::new();
     let body = vec![0; MAX_PAYLOAD];
-    assert!(matches!(
-        session.push(0, Header::default(), &[&body, &[1]]),
-        Err(SessionError::TooLong { .. })
-    ));
+    session.push(0, Header::default(), &[&body]).unwrap();
+    let error = session.push(0, Header::default(), &[&body, &[1]]).unwrap_err();
+    assert!(matches!(error, SessionError::TooLong { .. }));
 }
 
 #[derive(Debug, Clone)]
@@ -273,8 +284,8 @@ proptest! {
         let mut pair = Pair::new();
         for (n, step) in steps.into_iter().enumerate() {
             match step {
-                Step::Push(from, lane, len) => pair.push(from, lane, vec![n as u8; len]),
-                Step::Deliver(from, lane) => drop(pair.deliver(from, lane)),
+                Step::Push(from, lane, len) => pair.push(from, lane * CHANNELS / 2, vec![n as u8; len]),
+                Step::Deliver(from, lane) => drop(pair.deliver(from, channel_of(lane * CHANNELS / 2))),
                 Step::Acks(from) => pair.deliver_acks(from),
                 Step::Time(ms) => pair.time(Duration::from_millis(ms)),
                 Step::Cut => pair.cut(),

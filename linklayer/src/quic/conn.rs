@@ -1,7 +1,7 @@
 //! One QUIC connection of a link, and its streams.
 //!
-//! The first stream, opened by the end that connects, carries [`Control`]. Every other stream belongs to a lane and
-//! begins, in each direction that is used, with the lane's number and the number of the first frame. Nothing but
+//! The first stream, opened by the end that connects, carries [`Control`]. Every other stream belongs to a channel of the session and
+//! begins, in each direction that is used, with the channel's number and the number of the first frame. Nothing but
 //! control is read before the connection is *established*: before both ends have said hello, so that what arrives is
 //! counted against the right session.
 
@@ -16,7 +16,7 @@ use quinn_proto::{
 
 use super::control::{Control, PREAMBLE_LEN, preamble, read_preamble};
 use crate::frame::{Assembler, Frame, Header};
-use crate::session::{CONTROL_LANE, Receipt, Session};
+use crate::session::{CHANNELS, CONTROL_CHANNEL, Receipt, Session};
 
 /// Which of a link's sockets a connection uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,11 +59,11 @@ pub(super) struct Conn {
     control_out: Outgoing,
     outgoing: HashMap<u32, Outgoing>,
     incoming: HashMap<StreamId, Incoming>,
-    /// Lanes that wait for the peer to allow another stream.
+    /// Channels that wait for the peer to allow another stream.
     unopened: VecDeque<u32>,
 }
 
-/// The sending half of a lane.
+/// The sending half of a channel.
 #[derive(Debug)]
 struct Outgoing {
     stream: Option<StreamId>,
@@ -77,7 +77,7 @@ struct Outgoing {
 struct Incoming {
     begin: [u8; PREAMBLE_LEN],
     have: usize,
-    /// The lane and the number of the next frame, once the preamble is here.
+    /// The channel and the number of the next frame, once the preamble is here.
     position: Option<(u32, u64)>,
     assembler: Assembler,
 }
@@ -94,7 +94,7 @@ impl Conn {
             frames_sent: 0,
             frames_received: 0,
             control_in: Incoming::default(),
-            control_out: Outgoing::begin(None, CONTROL_LANE, 0),
+            control_out: Outgoing::begin(None, CONTROL_CHANNEL, 0),
             outgoing: HashMap::new(),
             incoming: HashMap::new(),
             unopened: VecDeque::new(),
@@ -170,8 +170,8 @@ impl Conn {
                 Event::Stream(StreamEvent::Readable { id }) => self.read(now, id, session, inbox, news),
                 Event::Stream(StreamEvent::Writable { id }) => self.unblock(id, session),
                 Event::Stream(StreamEvent::Available { dir: Dir::Bi }) => {
-                    for lane in std::mem::take(&mut self.unopened) {
-                        self.write_lane(lane, session);
+                    for channel in std::mem::take(&mut self.unopened) {
+                        self.write_channel(channel, session);
                     }
                 }
                 Event::Stream(StreamEvent::Stopped { id, .. } | StreamEvent::Finished { id }) => {
@@ -184,29 +184,29 @@ impl Conn {
 
     /// Writes what the session has for this connection, as far as the connection takes it.
     pub(super) fn write_ready(&mut self, session: &mut Session) {
-        while let Some(lane) = session.poll_lane() {
-            self.write_lane(lane, session);
+        while let Some(channel) = session.poll_channel() {
+            self.write_channel(channel, session);
         }
     }
 
-    fn write_lane(&mut self, lane: u32, session: &mut Session) {
-        if !self.outgoing.contains_key(&lane) {
+    fn write_channel(&mut self, channel: u32, session: &mut Session) {
+        if !self.outgoing.contains_key(&channel) {
             let Some(stream) = self.quic.streams().open(Dir::Bi) else {
-                self.unopened.push_back(lane);
+                self.unopened.push_back(channel);
                 return;
             };
             // The peer may answer on it.
             self.incoming.insert(stream, Incoming::default());
             self.outgoing.insert(
-                lane,
-                Outgoing::begin(Some(stream), lane, session.next_index(lane)),
+                channel,
+                Outgoing::begin(Some(stream), channel, session.next_index(channel)),
             );
         }
-        let Some(out) = self.outgoing.get_mut(&lane) else {
+        let Some(out) = self.outgoing.get_mut(&channel) else {
             return;
         };
         while out.write(&mut self.quic) {
-            let Some(frame) = session.poll_frame(lane) else {
+            let Some(frame) = session.poll_frame(channel) else {
                 return;
             };
             self.frames_sent += 1;
@@ -224,9 +224,9 @@ impl Conn {
             .outgoing
             .iter_mut()
             .find(|(_, out)| out.stream == Some(stream));
-        if let Some((&lane, out)) = found {
+        if let Some((&channel, out)) = found {
             out.blocked = false;
-            self.write_lane(lane, session);
+            self.write_channel(channel, session);
         }
     }
 
@@ -268,16 +268,19 @@ impl Conn {
                 let mut rest = &chunk.bytes[..];
                 while !rest.is_empty() {
                     if incoming.position.is_none() {
-                        let Some((lane, first)) = incoming.begin(&mut rest) else {
+                        let Some((channel, first)) = incoming.begin(&mut rest) else {
                             continue;
                         };
-                        if is_control != (lane == CONTROL_LANE) {
-                            return Err(format!("it sent lane {lane} on stream {stream}"));
+                        if is_control != (channel == CONTROL_CHANNEL) {
+                            return Err(format!("it sent channel {channel} on stream {stream}"));
                         }
-                        if !is_control && first > session.expected(lane) {
-                            return Err(format!("it left out frames of lane {lane}"));
+                        if !is_control && channel >= CHANNELS {
+                            return Err(format!("it sent channel {channel}, which does not exist"));
                         }
-                        begun = Some(lane);
+                        if !is_control && first > session.expected(channel) {
+                            return Err(format!("it left out frames of channel {channel}"));
+                        }
+                        begun = Some(channel);
                         continue;
                     }
                     let Some(frame) = incoming
@@ -293,17 +296,18 @@ impl Conn {
                         continue;
                     }
                     self.frames_received += 1;
-                    let Some((lane, index)) = incoming.position.as_mut() else {
+                    let Some((channel, index)) = incoming.position.as_mut() else {
                         continue;
                     };
-                    let (lane, number) = (*lane, *index);
+                    let (channel, number) = (*channel, *index);
                     *index += 1;
                     let Frame {
                         header,
+                        lane,
                         word,
                         payload,
                     } = frame;
-                    match session.receive(now, lane, number, word, payload.len()) {
+                    match session.receive(now, channel, number, lane, word, payload.len()) {
                         Ok(Receipt::New) => inbox.push_back((lane, header, payload)),
                         Ok(Receipt::Duplicate) => {}
                         Err(error) => return Err(error.to_string()),
@@ -314,26 +318,26 @@ impl Conn {
         if let Err(what) = outcome {
             news.push(News::Broken(what));
         }
-        if let Some(lane) = begun
+        if let Some(channel) = begun
             && !is_control
-            && !self.outgoing.contains_key(&lane)
+            && !self.outgoing.contains_key(&channel)
         {
-            // The peer opened the lane's stream: what goes back uses it.
+            // The peer opened the channel's stream: what goes back uses it.
             self.outgoing.insert(
-                lane,
-                Outgoing::begin(Some(stream), lane, session.next_index(lane)),
+                channel,
+                Outgoing::begin(Some(stream), channel, session.next_index(channel)),
             );
-            if let Some(at) = self.unopened.iter().position(|&unopened| unopened == lane) {
+            if let Some(at) = self.unopened.iter().position(|&unopened| unopened == channel) {
                 self.unopened.remove(at);
-                self.write_lane(lane, session);
+                self.write_channel(channel, session);
             }
         }
     }
 }
 
 impl Outgoing {
-    fn begin(stream: Option<StreamId>, lane: u32, first: u64) -> Self {
-        let begin = Bytes::copy_from_slice(&preamble(lane, first));
+    fn begin(stream: Option<StreamId>, channel: u32, first: u64) -> Self {
+        let begin = Bytes::copy_from_slice(&preamble(channel, first));
         Self {
             stream,
             rest: VecDeque::from([begin]),

@@ -1,7 +1,7 @@
 //! What the two ends of a link tell each other about the link itself, on the first stream of a connection.
 
 use crate::frame::{Frame, Header};
-use crate::session::{CONTROL_LANE, MAX_LANES};
+use crate::session::{CHANNELS, CONTROL_CHANNEL};
 
 /// Version of the link's protocol. Both ends must have the same.
 pub(super) const VERSION: u16 = 1;
@@ -11,7 +11,7 @@ const ACKS: u16 = 2;
 const ACK_NOW: u16 = 3;
 const POSITION_LEN: usize = 12;
 
-/// Length of what begins each direction of a stream: lane and number of the first frame.
+/// Length of what begins each direction of a stream: channel and number of the first frame.
 pub(super) const PREAMBLE_LEN: usize = 12;
 
 /// A message of the link to the other end's link.
@@ -19,7 +19,7 @@ pub(super) const PREAMBLE_LEN: usize = 12;
 pub(super) enum Control {
     /// The first message of each end: which session, and how far it has got. The end that accepted answers in kind.
     Hello(Hello),
-    /// Frames received, per lane.
+    /// Frames received, per channel.
     Acks(Vec<(u32, u64)>),
     /// Please acknowledge everything at once.
     AckNow,
@@ -34,7 +34,7 @@ pub(super) struct Hello {
     pub(super) session: [u8; 16],
     /// Counts the connections of a session, from 1.
     pub(super) epoch: u32,
-    /// Frames received, per lane.
+    /// Frames received, per channel.
     pub(super) positions: Vec<(u32, u64)>,
 }
 
@@ -61,7 +61,7 @@ impl Control {
             len: payload.len() as u32,
             ..Header::default()
         };
-        [&header.encode(0), payload.as_slice()].concat()
+        [&header.encode(0, 0), payload.as_slice()].concat()
     }
 
     /// Reads a frame of the control stream; `None` if it is not exactly one of the messages. A `Hello` of another
@@ -98,32 +98,34 @@ impl Control {
 }
 
 /// What begins one direction of a stream.
-pub(super) fn preamble(lane: u32, first: u64) -> [u8; PREAMBLE_LEN] {
+pub(super) fn preamble(channel: u32, first: u64) -> [u8; PREAMBLE_LEN] {
     let mut out = [0; PREAMBLE_LEN];
-    out[..4].copy_from_slice(&lane.to_le_bytes());
+    out[..4].copy_from_slice(&channel.to_le_bytes());
     out[4..].copy_from_slice(&first.to_le_bytes());
     out
 }
 
-/// Reads a [`preamble`]: lane and number of the first frame.
+/// Reads a [`preamble`]: channel and number of the first frame.
 pub(super) fn read_preamble(bytes: &[u8; PREAMBLE_LEN]) -> (u32, u64) {
     let [l0, l1, l2, l3, first @ ..] = *bytes;
     (u32::from_le_bytes([l0, l1, l2, l3]), u64::from_le_bytes(first))
 }
 
 fn put_positions(out: &mut Vec<u8>, positions: &[(u32, u64)]) {
-    for &(lane, received) in positions {
-        out.extend_from_slice(&preamble(lane, received));
+    for &(channel, received) in positions {
+        out.extend_from_slice(&preamble(channel, received));
     }
 }
 
 fn positions(bytes: &[u8]) -> Option<Vec<(u32, u64)>> {
     let (entries, rest) = bytes.as_chunks::<POSITION_LEN>();
-    if !rest.is_empty() || entries.len() > MAX_LANES {
+    if !rest.is_empty() || entries.len() > CHANNELS as usize {
         return None;
     }
     let all: Vec<_> = entries.iter().map(read_preamble).collect();
-    all.iter().all(|&(lane, _)| lane != CONTROL_LANE).then_some(all)
+    all.iter()
+        .all(|&(channel, _)| channel != CONTROL_CHANNEL)
+        .then_some(all)
 }
 
 #[cfg(test)]
@@ -153,7 +155,7 @@ mod tests {
     proptest! {
         #[test]
         fn garbage_is_refused_or_read(kind in 0u16..5, payload in prop::collection::vec(any::<u8>(), 0..200)) {
-            let frame = Frame { header: Header { kind, ..Header::default() }, word: 0, payload };
+            let frame = Frame { header: Header { kind, ..Header::default() }, lane: 0, word: 0, payload };
             let _ = Control::decode(&frame);
         }
     }

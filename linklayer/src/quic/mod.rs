@@ -37,8 +37,8 @@ pub use self::listen::LinkListener;
 use crate::frame::MAX_PAYLOAD;
 use crate::session::SessionError;
 
-/// Why a link cannot be made, or cannot go on. All but [`LinkError::TooLong`], [`LinkError::TooManyLanes`] and
-/// [`LinkError::Nested`] mean that the link is of no use any more; those three change nothing.
+/// Why a link cannot be made, or cannot go on. All but [`LinkError::TooLong`] and [`LinkError::Nested`] mean that the
+/// link is of no use any more; those two change nothing.
 #[derive(Debug, Clone, Error)]
 pub enum LinkError {
     /// The peer closed the link.
@@ -76,12 +76,6 @@ pub enum LinkError {
         /// Its length in bytes.
         len: usize,
     },
-    /// More lanes than a link can have, or the reserved one; nothing was sent.
-    #[error("lane {lane} is one too many or reserved")]
-    TooManyLanes {
-        /// The lane that was asked for.
-        lane: u32,
-    },
     /// A `call` from inside [`Handler::frame`], which would wait for itself; nothing was sent.
     #[error("a call from inside the frame handler of the same link")]
     Nested,
@@ -114,8 +108,9 @@ impl From<SessionError> for LinkError {
     fn from(error: SessionError) -> Self {
         match error {
             SessionError::TooLong { len } => Self::TooLong { len },
-            SessionError::TooManyLanes { lane } => Self::TooManyLanes { lane },
-            SessionError::BadPosition { .. } | SessionError::Gap { .. } => Self::Protocol(error.to_string()),
+            SessionError::BadChannel { .. } | SessionError::BadPosition { .. } | SessionError::Gap { .. } => {
+                Self::Protocol(error.to_string())
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use quinn_proto::congestion::CubicConfig;
 use quinn_proto::{MtuDiscoveryConfig, TransportConfig, VarInt};
 
 use super::Options;
-use crate::session::MAX_LANES;
+use crate::session::CHANNELS;
 
 /// The first guess of the round trip: what a lost datagram of a handshake costs is three times this.
 const FIRST_RTT: Duration = Duration::from_millis(50);
@@ -22,7 +22,7 @@ pub(super) fn transport(options: &Options) -> Arc<TransportConfig> {
     congestion.initial_window(INITIAL_WINDOW_BYTES);
     let mut config = TransportConfig::default();
     config
-        .max_concurrent_bidi_streams(VarInt::from_u32(MAX_LANES as u32 + 1))
+        .max_concurrent_bidi_streams(VarInt::from_u32(CHANNELS + 1))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .max_idle_timeout(None)
         .keep_alive_interval(Some(options.keep_alive))

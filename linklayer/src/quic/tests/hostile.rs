@@ -6,7 +6,7 @@ use super::*;
 use crate::frame::HEADER_LEN;
 use crate::quic::control::{Control, Hello, VERSION, preamble};
 use crate::quic::keys::SERVER_NAME;
-use crate::session::{CONTROL_LANE, MAX_LANES};
+use crate::session::{CHANNELS, CONTROL_CHANNEL};
 
 /// Runs `attack` as the peer of a listening link.
 fn attack<F: Future<Output = ()>>(
@@ -50,7 +50,7 @@ fn hello() -> Hello {
 }
 
 fn opening(hello: Hello) -> Vec<u8> {
-    [&preamble(CONTROL_LANE, 0)[..], &Control::Hello(hello).encode()].concat()
+    [&preamble(CONTROL_CHANNEL, 0)[..], &Control::Hello(hello).encode()].concat()
 }
 
 /// Sends `bytes` as the first stream of a connection, which stays unestablished: the listener goes on waiting.
@@ -102,7 +102,7 @@ fn ends_the_link(bytes: Vec<u8>) {
 #[test]
 fn garbage_for_a_hello() {
     refused_before_it_stands(vec![0xaa; 300]);
-    refused_before_it_stands([&preamble(CONTROL_LANE, 0)[..], &[0x55; 100]].concat());
+    refused_before_it_stands([&preamble(CONTROL_CHANNEL, 0)[..], &[0x55; 100]].concat());
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn an_oversized_frame() {
         len: MAX_PAYLOAD as u32 + 1,
         ..Header::default()
     };
-    ends_the_link([&preamble(1, 0)[..], &header.encode(0)].concat());
+    ends_the_link([&preamble(1, 0)[..], &header.encode(1, 0)].concat());
 }
 
 #[test]
@@ -161,8 +161,14 @@ fn frames_left_out() {
 }
 
 #[test]
-fn the_reserved_lane() {
-    ends_the_link(preamble(CONTROL_LANE, 0).to_vec());
+fn channels_that_do_not_exist() {
+    ends_the_link(preamble(CONTROL_CHANNEL, 0).to_vec());
+    ends_the_link(preamble(CHANNELS, 0).to_vec());
+}
+
+#[test]
+fn a_lane_on_the_wrong_channel() {
+    ends_the_link([&preamble(1, 0)[..], &Header::default().encode(2, 0)].concat());
 }
 
 #[test]
@@ -196,18 +202,18 @@ fn a_stream_that_is_reset() {
 }
 
 #[test]
-fn as_many_lanes_as_there_are() {
+fn as_many_channels_as_there_are() {
     let (_link, seen) = attack(
         |connection| async move {
             let (mut control, _control_in) = connection.open_bi().await.unwrap();
             control.write_all(&opening(hello())).await.unwrap();
-            let frame = Header::new(NOTE, 0, 0).encode(0);
             let mut all = Vec::new();
-            for lane in 0..MAX_LANES as u32 {
+            for channel in 0..CHANNELS {
                 let Ok((mut send, receive)) = connection.open_bi().await else {
                     return;
                 };
-                let bytes = [&preamble(lane * 3, 0)[..], &frame].concat();
+                let frame = Header::new(NOTE, 0, 0).encode(channel + 7 * CHANNELS, 0);
+                let bytes = [&preamble(channel, 0)[..], &frame].concat();
                 if send.write_all(&bytes).await.is_err() {
                     return;
                 }
@@ -218,7 +224,7 @@ fn as_many_lanes_as_there_are() {
         },
         PATIENCE,
     );
-    let mut frames = 0;
+    let mut frames = 0u32;
     loop {
         match seen.recv_timeout(PATIENCE).unwrap() {
             Seen::Frame(..) => frames += 1,
@@ -226,5 +232,5 @@ fn as_many_lanes_as_there_are() {
             other => panic!("{other:?}"),
         }
     }
-    assert_eq!(frames, MAX_LANES);
+    assert_eq!(frames, CHANNELS);
 }

@@ -196,6 +196,29 @@ fn frames_of_a_lane_come_in_order() {
 }
 
 #[test]
+fn there_may_be_more_lanes_than_streams() {
+    let both = both(Options::default());
+    for lane in (0..20_000).step_by(7) {
+        both.a
+            .send(lane, Header::new(NOTE, 1, 0), &[&lane.to_le_bytes()])
+            .unwrap();
+        both.a
+            .send(lane, Header::new(NOTE, 1, 1), &[&lane.to_le_bytes()])
+            .unwrap();
+    }
+    let mut seen = std::collections::HashMap::new();
+    while seen.len() < 20_000_usize.div_ceil(7) || seen.values().any(|next| *next < 2) {
+        let Seen::Frame(lane, header, payload) = both.seen_b.recv_timeout(PATIENCE).unwrap() else {
+            panic!()
+        };
+        let next = seen.entry(lane).or_insert(0);
+        assert_eq!((header.seq, payload.as_slice()), (*next, &lane.to_le_bytes()[..]));
+        *next += 1;
+    }
+    echo(&both.b, u32::MAX, b"the last lane");
+}
+
+#[test]
 fn the_largest_payload_passes_and_a_larger_one_does_not() {
     let both = both(Options::default());
     let payload: Vec<u8> = (0..MAX_PAYLOAD).map(|n| ((n * 31) >> 3) as u8).collect();
