@@ -2,11 +2,13 @@
 
 pub mod cage;
 pub mod capture;
+pub mod confine;
 pub mod fd;
 pub mod filter;
 pub mod lab;
 pub mod memory;
 pub mod notify;
+pub mod probe;
 pub mod process;
 pub mod ptrace;
 pub mod remote_call;

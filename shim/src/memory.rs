@@ -80,6 +80,11 @@ impl ProcessMemory {
         }
     }
 
+    /// Whether the kernel answers for single areas, so that no text has to be read.
+    pub fn can_query(&self) -> bool {
+        self.query(0).is_some()
+    }
+
     fn mem(&self) -> io::Result<&File> {
         self.mem
             .get_or_init(|| {
