@@ -4,6 +4,7 @@ pub mod cli;
 pub mod cluster;
 pub mod codec;
 pub mod control;
+pub mod daemon;
 pub mod job_id;
 pub mod jobs;
 pub mod lab;

@@ -1,0 +1,3 @@
+//! `mosd`: the node's part in its cluster.
+
+pub mod config;
