@@ -169,7 +169,7 @@ pub fn place(want: &Want, nodes: &[NodeState], draw: u64) -> Result<Vec<Place>, 
             if node.is_self {
                 return Ok(vec![Place::Home]);
             }
-            if node.status == NodeStatus::Down || node.status == NodeStatus::Left {
+            if node.status == NodeStatus::Down {
                 let (number, name, status) = (node.number, node.name.clone(), node.status);
                 return Err(PlaceError::Down { number, name, status });
             }
@@ -287,7 +287,7 @@ fn drawn(list: &NodeList, nodes: &[NodeState], draw: u64) -> Result<Vec<Place>, 
         match node.status {
             _ if node.is_self => up.push(Place::Home),
             NodeStatus::Alive | NodeStatus::Suspect => up.push(Place::Node(*number)),
-            NodeStatus::Down | NodeStatus::Left => {}
+            NodeStatus::Down => {}
         }
     }
     if up.is_empty() {

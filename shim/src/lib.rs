@@ -9,6 +9,7 @@ pub mod lab;
 pub mod memory;
 pub mod notify;
 pub mod probe;
+pub mod peer;
 pub mod process;
 pub mod ptrace;
 pub mod remote_call;

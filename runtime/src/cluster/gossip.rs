@@ -70,6 +70,11 @@ pub fn config(probe_period: Duration, suspect: Duration) -> foca::Config {
     config
 }
 
+/// Number of the node that a packet says it is from.
+pub fn sender(packet: &[u8]) -> Option<u32> {
+    take::<WireHeader>(packet).ok().map(|header| header.src.number)
+}
+
 /// Writes and reads the parts of foca's packets.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PacketCodec;
@@ -278,6 +283,7 @@ mod tests {
             let mut buf = Vec::new();
             codec.encode_header(&header, &mut buf).unwrap();
             assert!(buf.len() < MAX_PACKET / 2);
+            assert_eq!(sender(&buf), Some(1));
             buf.push(7);
             let mut rest = buf.as_slice();
             assert_eq!(codec.decode_header(&mut rest).unwrap(), header);

@@ -88,6 +88,25 @@ pub fn any_outstanding(dir: &StateDir) -> bool {
     entries(dir).any(|(name, _)| name.ends_with(".open"))
 }
 
+/// Whether [`spend`] would succeed now.
+///
+/// # Errors
+/// As [`spend`].
+pub fn check(dir: &StateDir, id: InviteId, secret: &InviteSecret) -> Result<(), InviteError> {
+    match read(dir, &open_name(id))? {
+        Some(file) => check_secret(&file, secret).and_then(|()| check_expiry(&file)),
+        None => Err(why_not_open(dir, id, secret)?),
+    }
+}
+
+fn why_not_open(dir: &StateDir, id: InviteId, secret: &InviteSecret) -> Result<InviteError, InviteError> {
+    let Some(file) = read(dir, &used_name(id))? else {
+        return Ok(InviteError::Unknown);
+    };
+    check_secret(&file, secret)?;
+    Ok(InviteError::Used(file.used_by.unwrap_or_default()))
+}
+
 /// Spends an invitation for the node that is to be called `name`. Whatever happens later, it is spent.
 ///
 /// # Errors
@@ -103,13 +122,7 @@ pub fn spend(dir: &StateDir, id: InviteId, secret: &InviteSecret, name: &str) ->
         let open = dir.file(&open_name(id));
         return std::fs::remove_file(&open).map_err(|source| StoreError::Io { path: open, source }.into());
     }
-    match read(dir, &used_name(id))? {
-        Some(file) => {
-            check_secret(&file, secret)?;
-            Err(InviteError::Used(file.used_by.unwrap_or_default()))
-        }
-        None => Err(InviteError::Unknown),
-    }
+    Err(why_not_open(dir, id, secret)?)
 }
 
 fn check_secret(file: &InviteFile, secret: &InviteSecret) -> Result<(), InviteError> {
@@ -210,7 +223,13 @@ mod tests {
             spend(&dir, InviteId([0; 8]), &token.secret, "two"),
             Err(InviteError::Unknown)
         ));
+        check(&dir, token.id, &token.secret).unwrap();
+        assert!(check(&dir, token.id, &wrong).is_err());
         spend(&dir, token.id, &token.secret, "two").unwrap();
+        assert!(matches!(
+            check(&dir, token.id, &token.secret),
+            Err(InviteError::Used(_))
+        ));
         assert!(!any_outstanding(&dir));
         let again = spend(&dir, token.id, &token.secret, "three");
         assert!(matches!(again, Err(InviteError::Used(by)) if by == "two"));

@@ -3,7 +3,9 @@
 pub mod authority;
 pub mod gossip;
 pub mod invites;
+pub mod join;
 pub mod load;
+pub mod members;
 pub mod names;
 pub mod protocol;
 pub mod state;

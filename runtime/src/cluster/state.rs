@@ -14,10 +14,8 @@ pub enum NodeStatus {
     Alive,
     /// It did not answer a probe, and has not yet been declared down.
     Suspect,
-    /// It does not.
+    /// It does not, or it said goodbye.
     Down,
-    /// It is a member that said goodbye.
-    Left,
 }
 
 impl fmt::Display for NodeStatus {
@@ -26,7 +24,6 @@ impl fmt::Display for NodeStatus {
             NodeStatus::Alive => "up",
             NodeStatus::Suspect => "suspect",
             NodeStatus::Down => "down",
-            NodeStatus::Left => "gone",
         })
     }
 }

@@ -212,6 +212,16 @@ impl StateDir {
         }
     }
 
+    /// Makes the directory if need be, and tries to write to it.
+    ///
+    /// # Errors
+    /// It cannot be made or written.
+    pub fn check_writable(&self) -> Result<(), StoreError> {
+        self.make("")?;
+        self.write("try", b"", 0o600)?;
+        std::fs::remove_file(self.file("try")).map_err(self.io("try"))
+    }
+
     /// Makes the directory and `sub` in it.
     pub(super) fn make(&self, sub: &str) -> Result<(), StoreError> {
         let path = self.file(sub);

@@ -92,6 +92,8 @@ pub struct DaemonStatus {
     pub config: Option<PathBuf>,
     /// Where it listens for other nodes.
     pub listen: SocketAddr,
+    /// What other nodes are told to dial.
+    pub advertised: SocketAddr,
     /// The nodes.
     pub nodes: Vec<NodeState>,
     /// Supervisors here, for jobs of other nodes.

@@ -333,7 +333,18 @@ impl Config {
             let line = 1 + text.as_bytes()[..at].iter().filter(|b| **b == b'\n').count();
             error(line, e.message().to_string())
         })?;
-        config.file = Some(path.to_owned());
+        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        config.file = Some(absolute(path.to_owned()));
+        for path in [
+            &mut config.node.state_dir,
+            &mut config.node.rundir,
+            &mut config.log.file,
+        ]
+        .into_iter()
+        .flatten()
+        {
+            *path = absolute(std::mem::take(path));
+        }
         let line_of = |key: &str| {
             1 + text
                 .lines()
