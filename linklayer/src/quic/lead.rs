@@ -98,6 +98,8 @@ pub(super) struct State {
     /// When a frame for the handler last came.
     pub(super) served: Instant,
     pub(super) lost: Option<LinkError>,
+    /// Whether a connection has ever stood.
+    established: bool,
     pub(super) receive: Option<Box<[u8]>>,
     pub(super) transmit: Vec<u8>,
     spin: Spin,
@@ -232,6 +234,8 @@ impl Link {
 
     fn notify(&self, state: &mut MutexGuard<'_, State>) {
         while let Some(notice) = state.core.poll_notice() {
+            state.established |= matches!(notice, Notice::Established);
+            let established = state.established;
             if let Notice::Lost(error) = &notice {
                 if state.lost.is_some() {
                     continue;
@@ -245,6 +249,8 @@ impl Link {
                 let _inside = Inside::enter(&self.shared);
                 match &notice {
                     Notice::Established => {}
+                    // Whoever connects or accepts is told by that.
+                    Notice::Lost(_) if !established => {}
                     Notice::Interrupted => self.shared.handler.interrupted(),
                     Notice::Restored => self.shared.handler.restored(),
                     Notice::Lost(error) => self.shared.handler.lost(error),
@@ -494,6 +500,7 @@ impl State {
             released: now.checked_sub(SERVING_FOR).unwrap_or(now),
             served: now.checked_sub(SERVING_FOR).unwrap_or(now),
             lost: None,
+            established: false,
             receive: Some(vec![0; RECEIVE_BYTES].into()),
             transmit: Vec::new(),
             spin,

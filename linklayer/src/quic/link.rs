@@ -23,7 +23,7 @@ const LINGER: Duration = Duration::from_secs(1);
 pub trait Handler: Send + Sync + 'static {
     /// A frame that is not the reply to a waiting call arrived. Frames of a lane come in the order they were sent.
     fn frame(&self, link: &Link, lane: u32, header: Header, payload: Vec<u8>);
-    /// The link is over; said once. Not said when this end closed it.
+    /// The link is over; said once. Not said when this end closed it, nor of a link that never stood.
     fn lost(&self, why: &LinkError);
     /// Nothing is heard from the peer, or the connection broke; the link tries to go on.
     fn interrupted(&self) {}

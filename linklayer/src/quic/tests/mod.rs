@@ -354,11 +354,15 @@ fn garbage_does_no_harm() {
 fn nobody_there_is_found_out_quickly() {
     let closed = UdpSocket::bind(local()).unwrap().local_addr().unwrap();
     let key = OneTimeKey::generate().unwrap();
+    let (peer, seen) = Peer::new();
     let before = Instant::now();
-    let error =
-        Link::connect(closed, &key, key.fingerprint(), Peer::new().0, Options::default()).unwrap_err();
+    let error = Link::connect(closed, &key, key.fingerprint(), peer, Options::default()).unwrap_err();
     assert!(matches!(error, LinkError::Refused), "{error:?}");
     assert!(before.elapsed() < Duration::from_secs(1));
+    assert!(
+        seen.recv_timeout(Duration::from_millis(50)).is_err(),
+        "the caller knows"
+    );
 }
 
 #[test]
