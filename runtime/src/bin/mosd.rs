@@ -1,2 +1,5 @@
-//! mosd
-fn main() {}
+//! mosd: the daemon of a node.
+
+fn main() -> std::process::ExitCode {
+    runtime::cli::mosd::main()
+}
