@@ -2,6 +2,7 @@
 
 pub mod cage;
 pub mod capture;
+pub mod clone_rewrite;
 pub mod confine;
 pub mod fd;
 pub mod filter;

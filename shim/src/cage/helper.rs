@@ -381,8 +381,8 @@ fn empty_root(plan: &Plan) -> Step<RawFd> {
     }
 }
 
-/// Forks a child of the supervisor, with a chosen number if one is given. Exit signal 0: it is reaped with `__WALL`, and
-/// nobody else in the supervisor sees it.
+/// Forks a child of the supervisor, with a chosen number if one is given. (Its exit signal is this process's, 0, until its exec
+/// makes that SIGCHLD.)
 fn clone(stage: Stage, tid: Option<i32>) -> Step<i32> {
     let set_tid = tid.unwrap_or(0);
     let mut args = [0u64; 10];

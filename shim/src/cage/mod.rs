@@ -10,7 +10,7 @@
 //! It works for root and for a plain user without any capability alike: the cage has a user namespace of its own, into which
 //! exactly one user and one group are mapped (user_namespaces(7), pid_namespaces(7), time_namespaces(7)).
 //!
-//! All of these processes have exit signal 0: they are seen by waitpid(2) with `__WALL` only.
+//! Each of these processes sends SIGCHLD when it ends, and so do the children that guests make with CLONE_PARENT.
 
 mod helper;
 mod image;
@@ -377,7 +377,7 @@ impl Cage {
         self.init.as_fd()
     }
 
-    /// Kills everything inside. The guests have to be reaped by their owner, who waits for them with `__WALL`; before that the
+    /// Kills everything inside. The guests have to be reaped by their owner, as any child; before that the
     /// kernel does not let the init end.
     pub fn kill(&self) {
         // SAFETY: no pointers but a null one.

@@ -83,8 +83,15 @@ pub struct Tracee {
 impl Tracee {
     /// Seizes and stops a process.
     pub fn seize(pid: i32) -> Tracee {
-        let options = ptrace::usual_options() | ptrace::Options::PTRACE_O_TRACESECCOMP;
-        ptrace::seize(pid, options & !ptrace::Options::PTRACE_O_TRACECLONE).unwrap();
+        Self::seize_with(
+            pid,
+            ptrace::usual_options() & !ptrace::Options::PTRACE_O_TRACECLONE,
+        )
+    }
+
+    /// The same with options of the caller's choice.
+    pub fn seize_with(pid: i32, options: ptrace::Options) -> Tracee {
+        ptrace::seize(pid, options | ptrace::Options::PTRACE_O_TRACESECCOMP).unwrap();
         ptrace::interrupt(pid).unwrap();
         let stopped = ptrace::wait_stop(pid).unwrap();
         Tracee {
