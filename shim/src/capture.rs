@@ -264,20 +264,19 @@ pub fn describe(
     let site = vdso_site(pid)?;
     let mut images = Vec::new();
     let mut brk = 0;
-    let tids: Vec<i32> = threads.iter().map(Stopped::tid).collect();
-    for (index, tid) in tids.iter().enumerate() {
+    let count = threads.len();
+    for index in 0..count {
         let token = threads.remove(index);
-        let (token, image) = thread(
-            pid,
-            *tid,
-            token,
-            site,
-            index == 0,
-            index + 1 == tids.len(),
-            key,
-            &mut brk,
-        )?;
+        let turn = Turn {
+            first: index == 0,
+            last: index + 1 == count,
+        };
+        let (token, described) = thread(pid, token, site, turn, key)?;
         threads.insert(index, token);
+        let (image, end) = described?;
+        if turn.first {
+            brk = end;
+        }
         images.push(image);
     }
     let mut image = ProcessImage {
@@ -299,16 +298,82 @@ pub fn describe(
     Ok(image)
 }
 
-fn thread(
-    pid: i32,
-    tid: i32,
-    token: Stopped,
-    site: u64,
+/// What only a thread itself can say, and the process's end of heap.
+#[derive(Default)]
+struct Asked {
+    altstack: AltStack,
+    clear_child_tid: u64,
+    brk: u64,
+}
+
+/// Where a thread is among those of its process.
+#[derive(Clone, Copy)]
+struct Turn {
     first: bool,
     last: bool,
+}
+
+/// Has a thread answer; the first brings the site for it, the last takes it away.
+fn ask(
+    calls: &mut RemoteCalls,
+    memory: &ProcessMemory,
+    site: u64,
+    turn: Turn,
+) -> Result<Asked, CaptureError> {
+    let mut asked = Asked::default();
+    if turn.first {
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED) as u64;
+        let (rx, rw) = (
+            (libc::PROT_READ | libc::PROT_EXEC) as u64,
+            (libc::PROT_READ | libc::PROT_WRITE) as u64,
+        );
+        calls.call("mmap", libc::SYS_mmap, [TRAMPOLINE, PAGE, rx, flags, u64::MAX, 0])?;
+        calls.call("mmap", libc::SYS_mmap, [SCRATCH, PAGE, rw, flags, u64::MAX, 0])?;
+        memory.write_forced(TRAMPOLINE, &[0x0f, 0x05])?;
+    }
+    calls.move_to(TRAMPOLINE);
+    if turn.first {
+        asked.brk = calls.call("brk", libc::SYS_brk, [0; 6])?;
+    }
+    calls.call("sigaltstack", libc::SYS_sigaltstack, [0, SCRATCH, 0, 0, 0, 0])?;
+    let mut bytes = [0; 24];
+    memory.read_forced(SCRATCH, &mut bytes)?;
+    let word = |i: usize| {
+        let mut w = [0; 8];
+        w.copy_from_slice(&bytes[i * 8..i * 8 + 8]);
+        u64::from_ne_bytes(w)
+    };
+    asked.altstack = AltStack {
+        sp: word(0),
+        flags: word(1) as u32 & !(libc::SS_ONSTACK as u32),
+        size: word(2),
+    };
+    let got = calls.raw(
+        libc::SYS_prctl,
+        [libc::PR_GET_TID_ADDRESS as u64, SCRATCH, 0, 0, 0, 0],
+    )?;
+    if got == 0 {
+        memory.read_forced(SCRATCH, &mut bytes[..8])?;
+        let mut address = [0; 8];
+        address.copy_from_slice(&bytes[..8]);
+        asked.clear_child_tid = u64::from_ne_bytes(address);
+    }
+    if turn.last {
+        calls.move_to(site);
+        calls.call("munmap", libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0])?;
+    }
+    Ok(asked)
+}
+
+/// Describes one thread; its token comes back with whatever became of it.
+fn thread(
+    pid: i32,
+    token: Stopped,
+    site: u64,
+    turn: Turn,
     key: u64,
-    brk: &mut u64,
-) -> Result<(Stopped, ThreadImage), CaptureError> {
+) -> Result<(Stopped, Result<(ThreadImage, u64), CaptureError>), CaptureError> {
+    let tid = token.tid();
     let mut regs = token.regs()?;
     let mut rewound = None;
     let code = regs.rax as i64;
@@ -325,63 +390,27 @@ fn thread(
     let sigmask = token.sigmask()?;
     let rseq = token.rseq()?;
     let pending = token.pending(PendingQueue::Thread)?;
-    let memory = ProcessMemory::new(pid);
     let mut calls = RemoteCalls::begin(token, site)?;
     calls.show(key);
-    if first {
-        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED) as u64;
-        let (rx, rw) = (
-            (libc::PROT_READ | libc::PROT_EXEC) as u64,
-            (libc::PROT_READ | libc::PROT_WRITE) as u64,
-        );
-        calls.call("mmap", libc::SYS_mmap, [TRAMPOLINE, PAGE, rx, flags, u64::MAX, 0])?;
-        calls.call("mmap", libc::SYS_mmap, [SCRATCH, PAGE, rw, flags, u64::MAX, 0])?;
-        memory.write_forced(TRAMPOLINE, &[0x0f, 0x05])?;
-    }
-    calls.move_to(TRAMPOLINE);
-    if first {
-        *brk = calls.call("brk", libc::SYS_brk, [0; 6])?;
-    }
-    calls.call("sigaltstack", libc::SYS_sigaltstack, [0, SCRATCH, 0, 0, 0, 0])?;
-    let mut bytes = [0; 24];
-    memory.read_forced(SCRATCH, &mut bytes)?;
-    let word = |i: usize| {
-        let mut w = [0; 8];
-        w.copy_from_slice(&bytes[i * 8..i * 8 + 8]);
-        u64::from_ne_bytes(w)
-    };
-    let altstack = AltStack {
-        sp: word(0),
-        flags: word(1) as u32 & !(libc::SS_ONSTACK as u32),
-        size: word(2),
-    };
-    let got = calls.raw(
-        libc::SYS_prctl,
-        [libc::PR_GET_TID_ADDRESS as u64, SCRATCH, 0, 0, 0, 0],
-    )?;
-    let mut clear_child_tid = [0; 8];
-    if got == 0 {
-        memory.read_forced(SCRATCH, &mut clear_child_tid)?;
-    }
-    if last {
-        calls.move_to(site);
-        calls.call("munmap", libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0])?;
-    }
+    let asked = ask(&mut calls, &ProcessMemory::new(pid), site, turn);
     let token = calls.end()?;
-    let comm = std::fs::read(format!("/proc/{pid}/task/{tid}/comm"))?;
-    let image = ThreadImage {
-        tid,
-        comm: comm.strip_suffix(b"\n").unwrap_or(&comm).to_vec(),
-        regs,
-        xstate,
-        sigmask,
-        altstack,
-        robust_list: robust_list(tid),
-        clear_child_tid: u64::from_ne_bytes(clear_child_tid),
-        rseq,
-        pending,
-        rewound,
-    };
+    let image = asked.and_then(|asked| {
+        let comm = std::fs::read(format!("/proc/{pid}/task/{tid}/comm"))?;
+        let image = ThreadImage {
+            tid,
+            comm: comm.strip_suffix(b"\n").unwrap_or(&comm).to_vec(),
+            regs,
+            xstate,
+            sigmask,
+            altstack: asked.altstack,
+            robust_list: robust_list(tid),
+            clear_child_tid: asked.clear_child_tid,
+            rseq,
+            pending,
+            rewound,
+        };
+        Ok((image, asked.brk))
+    });
     Ok((token, image))
 }
 

@@ -51,7 +51,11 @@ mod tests {
     fn own_groups_are_seen_through_a_socket_pair() {
         let (a, _b) = UnixStream::pair().unwrap();
         let mut seen = groups(a.as_fd()).unwrap();
-        let mut own: Vec<u32> = nix::unistd::getgroups().unwrap().iter().map(|g| g.as_raw()).collect();
+        let mut own: Vec<u32> = nix::unistd::getgroups()
+            .unwrap()
+            .iter()
+            .map(|g| g.as_raw())
+            .collect();
         seen.sort_unstable();
         own.sort_unstable();
         assert_eq!(seen, own);

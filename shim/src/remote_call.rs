@@ -85,7 +85,8 @@ impl RemoteCalls {
     /// The thread ended, or cannot be traced.
     pub fn raw(&mut self, nr: i64, mut args: [u64; 6]) -> Result<i64, RemoteCallError> {
         let mut stopped = self.stopped.take().ok_or(RemoteCallError::Ended(self.tid))?;
-        if args[5] == 0 {
+        // mmap has six arguments of its own; the anonymous memory that is wanted here passes any filter.
+        if args[5] == 0 && nr != libc::SYS_mmap {
             args[5] = self.key;
         }
         let mut regs = self.regs;
