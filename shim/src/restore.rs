@@ -2,17 +2,22 @@
 
 use std::io;
 
-use linklayer::image::{Area, AreaFlags, AreaKind, PAGE, ProcessImage, RESERVED, ThreadImage};
+use linklayer::image::{
+    Area, AreaFlags, AreaKind, PAGE, ProcessImage, RESERVED, SigAction, SigInfo, ThreadImage,
+};
 
+use crate::capture::{build_site, map_lines};
 use crate::memory::ProcessMemory;
-use crate::ptrace::{PtraceError, Stopped};
-use crate::remote_call::{RemoteCallError, RemoteCalls};
+use crate::ptrace::{self, PtraceError, Stopped};
+use crate::remote_call::{BatchCall, RemoteCallError, RemoteCalls};
 
 /// Where the code that makes the calls lies while a process is built: in the part of the address space that no guest
 /// may use.
 pub const TRAMPOLINE: u64 = RESERVED.start;
 /// A page for the calls' arguments.
 pub const SCRATCH: u64 = TRAMPOLINE + PAGE;
+/// How much of it the calls of a batch may use.
+pub(crate) const ARGUMENTS_LEN: usize = 1024;
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 const PR_SET_MM: u64 = 35;
 const PR_SET_MM_MAP: u64 = 14;
@@ -34,15 +39,21 @@ pub enum RestoreError {
     Unsuitable(String),
 }
 
-/// A process under construction whose single thread can still be made to execute calls.
+/// A process under construction: its leader, and the other threads that were [started](Rebuilt::start_threads), can be
+/// made to execute calls.
 #[derive(Debug)]
 pub struct Rebuilt {
     calls: RemoteCalls,
-    thread: ThreadImage,
+    others: Vec<RemoteCalls>,
+    memory: ProcessMemory,
+    pid: i32,
+    threads: Vec<ThreadImage>,
+    pending: Vec<SigInfo>,
+    key: u64,
 }
 
 impl Rebuilt {
-    /// Executes a call in the new process.
+    /// Executes a call in the leader.
     ///
     /// # Errors
     /// The process was killed.
@@ -52,7 +63,11 @@ impl Rebuilt {
 
     /// The process has a filter now, which calls pass with this key.
     pub fn show(&mut self, key: u64) {
+        self.key = key;
         self.calls.show(key);
+        for calls in &mut self.others {
+            calls.show(key);
+        }
     }
 
     /// Its process id here.
@@ -60,25 +75,127 @@ impl Rebuilt {
         self.calls.tid()
     }
 
-    /// Removes the construction site and puts the thread where the image says; it can be resumed.
+    /// Writes arguments into the scratch page.
     ///
     /// # Errors
     /// The process was killed.
-    pub fn finish(mut self) -> Result<Stopped, RestoreError> {
-        self.calls
-            .call("munmap", libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0])?;
-        if !self.thread.xstate.is_empty()
-            && let Some(stopped) = self.calls.stopped_mut()
-        {
-            stopped.set_xstate(&self.thread.xstate)?;
+    pub fn scratch(&mut self, bytes: &[u8]) -> io::Result<u64> {
+        self.memory.write_forced(SCRATCH, bytes)?;
+        Ok(SCRATCH)
+    }
+
+    /// Makes the threads of the image but the leader, which is there. They inherit the leader's filter. `next_tid` has the kernel
+    /// give its argument to the next thread of the process's pid namespace. Gives the ids that the threads have for this process,
+    /// in the order of the image.
+    ///
+    /// # Errors
+    /// `next_tid` fails, another process took the id, or the process was killed.
+    pub fn start_threads(
+        &mut self,
+        next_tid: &mut dyn FnMut(i32) -> io::Result<()>,
+    ) -> Result<Vec<i32>, RestoreError> {
+        let flags = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM;
+        for thread in self.threads.iter().skip(1 + self.others.len()) {
+            next_tid(thread.tid)?;
+            let got = self
+                .calls
+                .call("clone", libc::SYS_clone, [flags as u64, 0, 0, 0, 0, 0])?;
+            let newborn = self
+                .calls
+                .newborn()
+                .ok_or(RemoteCallError::Ended(self.calls.tid()))?;
+            let mut calls = RemoteCalls::begin(ptrace::wait_stop(newborn)?, TRAMPOLINE)?;
+            calls.show(self.key);
+            if got != thread.tid as u64 {
+                return Err(RestoreError::Unsuitable(format!(
+                    "thread id {} is taken",
+                    thread.tid
+                )));
+            }
+            register(&mut calls, &self.memory, thread)?;
+            self.others.push(calls);
         }
-        let regs = self.thread.regs;
-        Ok(self.calls.end_with(&regs, self.thread.sigmask)?)
+        Ok(self.others.iter().map(RemoteCalls::tid).collect())
+    }
+
+    /// Removes the construction site and puts the leader where the image says; it can be resumed.
+    ///
+    /// # Errors
+    /// The image has more threads, or the process was killed.
+    pub fn finish(self) -> Result<Stopped, RestoreError> {
+        if self.threads.len() != 1 {
+            return Err(RestoreError::Unsuitable(
+                "its other threads were not taken".into(),
+            ));
+        }
+        let mut threads = self.finish_all()?;
+        threads
+            .pop()
+            .ok_or(RestoreError::Unsuitable("it has no thread".into()))
+    }
+
+    /// Removes the construction site and puts all threads where the image says; they can be resumed. The leader is the first.
+    ///
+    /// # Errors
+    /// Threads were not [started](Rebuilt::start_threads), or the process was killed.
+    pub fn finish_all(mut self) -> Result<Vec<Stopped>, RestoreError> {
+        if self.others.len() + 1 != self.threads.len() {
+            return Err(RestoreError::Unsuitable(
+                "its other threads were not started".into(),
+            ));
+        }
+        let mut all = vec![self.calls];
+        all.append(&mut self.others);
+        for (calls, thread) in all.iter_mut().zip(&self.threads) {
+            for info in &thread.pending {
+                requeue(calls, &self.memory, self.pid, Some(thread.tid), info)?;
+            }
+        }
+        for info in &self.pending {
+            requeue(&mut all[0], &self.memory, self.pid, None, info)?;
+        }
+        all[0].call("munmap", libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0])?;
+        let mut stopped = Vec::new();
+        for (mut calls, thread) in all.into_iter().zip(&self.threads) {
+            if !thread.xstate.is_empty() {
+                calls.stopped().set_xstate(&thread.xstate)?;
+            }
+            stopped.push(calls.end_with(&thread.regs, thread.sigmask)?);
+        }
+        Ok(stopped)
     }
 }
 
-/// Makes the blank process (stopped in a system call's wake, with nothing of value in it) the one of the image, except
-/// for what [`Rebuilt::finish`] does. `fd_of` gives the descriptor, inside the blank process, of a file's content.
+/// Puts a pending signal back. The thread sends it to itself, so that any si_code is allowed. `pid` and `tid` are those that
+/// the process has for itself.
+pub(crate) fn requeue(
+    calls: &mut RemoteCalls,
+    memory: &ProcessMemory,
+    pid: i32,
+    tid: Option<i32>,
+    info: &SigInfo,
+) -> Result<(), RestoreError> {
+    memory.write_forced(SCRATCH, &info.0)?;
+    let signal = info.signo() as u64;
+    // A full queue or a coalesced signal is no error natively either.
+    match tid {
+        Some(tid) => {
+            let args = [pid as u64, tid as u64, signal, SCRATCH, 0, 0];
+            calls.raw(libc::SYS_rt_tgsigqueueinfo, args)?
+        }
+        None => calls.raw(libc::SYS_rt_sigqueueinfo, [pid as u64, signal, SCRATCH, 0, 0, 0])?,
+    };
+    Ok(())
+}
+
+/// Makes the blank process (stopped in a system call's wake, with nothing of value in it) the one of the image, except for its
+/// further threads ([`Rebuilt::start_threads`]) and for what [`Rebuilt::finish_all`] does. `fd_of` gives the descriptor,
+/// inside the blank process, of a file's content.
 ///
 /// # Errors
 /// See [`RestoreError`].
@@ -88,11 +205,10 @@ pub fn rebuild(
     fd_of: &dyn Fn(u64) -> Option<i32>,
     pages: &[(u64, Vec<u8>)],
 ) -> Result<Rebuilt, RestoreError> {
-    let [thread] = image.threads.as_slice() else {
-        return Err(RestoreError::Unsuitable(
-            "a process with several threads cannot be built yet".into(),
-        ));
-    };
+    let leader = image
+        .threads
+        .first()
+        .ok_or_else(|| RestoreError::Unsuitable("a process without threads".into()))?;
     let pid = stopped.tid();
     let memory = ProcessMemory::new(pid);
     let mut site = stopped.regs()?.rip.wrapping_sub(2);
@@ -105,78 +221,70 @@ pub fn rebuild(
     let mut calls = RemoteCalls::begin(stopped, site)?;
     build_site(&mut calls, &memory)?;
     empty(&mut calls, pid, image)?;
-    for area in image.areas.iter().filter(|a| !a.is_kernel()) {
-        map(&mut calls, area, fd_of)?;
-    }
+    let areas: Vec<BatchCall> = image
+        .areas
+        .iter()
+        .filter(|a| !a.is_kernel())
+        .map(|area| map(area, fd_of))
+        .collect::<Result<_, _>>()?;
+    calls.batch_all(&areas)?;
     for (address, data) in pages {
         memory.write_forced(*address, data)?;
     }
     advise(&mut calls, image)?;
     mm_fields(&mut calls, &memory, image)?;
-    identity(&mut calls, &memory, image, thread)?;
-    calls.call(
-        "close_range",
-        libc::SYS_close_range,
-        [0, u64::from(u32::MAX), 0, 0, 0, 0],
-    )?;
+    process(&mut calls, &memory, image)?;
+    register(&mut calls, &memory, leader)?;
     limits(pid, image)?;
     Ok(Rebuilt {
         calls,
-        thread: thread.clone(),
+        others: Vec::new(),
+        memory,
+        pid: image.pid,
+        threads: image.threads.clone(),
+        pending: image.pending.clone(),
+        key: 0,
     })
 }
 
-fn build_site(calls: &mut RemoteCalls, memory: &ProcessMemory) -> Result<(), RestoreError> {
-    let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED) as u64;
-    let rx = (libc::PROT_READ | libc::PROT_EXEC) as u64;
-    let rw = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-    calls.call("mmap", libc::SYS_mmap, [TRAMPOLINE, PAGE, rx, flags, u64::MAX, 0])?;
-    memory.write_forced(TRAMPOLINE, &SYSCALL)?;
-    calls.move_to(TRAMPOLINE);
-    calls.call("mmap", libc::SYS_mmap, [SCRATCH, PAGE, rw, flags, u64::MAX, 0])?;
-    Ok(())
+fn batched(what: &'static str, nr: i64, args: [u64; 6]) -> BatchCall {
+    BatchCall { what, nr, args }
 }
 
 /// Unmaps everything but the site and puts the kernel's own areas where the image has them.
 fn empty(calls: &mut RemoteCalls, pid: i32, image: &ProcessImage) -> Result<(), RestoreError> {
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let mut kernel = Vec::new();
-    let mut gaps = Vec::new();
-    for line in maps.lines() {
-        let Some((start, end, name)) = parse_line(line) else {
-            continue;
-        };
-        match name {
-            "[vdso]" => kernel.push((AreaKind::Vdso, start, end)),
-            "[vvar]" => kernel.push((AreaKind::Vvar, start, end)),
-            "[vvar_vclock]" => kernel.push((AreaKind::VvarVclock, start, end)),
-            "[vsyscall]" => {}
-            _ if start >= TRAMPOLINE && end <= SCRATCH + PAGE => {}
-            _ => gaps.push((start, end)),
+    let mut batch = Vec::new();
+    for line in map_lines(pid, false)? {
+        let range = line.range.clone();
+        match line.path.as_slice() {
+            b"[vdso]" => kernel.push((AreaKind::Vdso, range)),
+            b"[vvar]" => kernel.push((AreaKind::Vvar, range)),
+            b"[vvar_vclock]" => kernel.push((AreaKind::VvarVclock, range)),
+            b"[vsyscall]" => {}
+            _ if range.start >= TRAMPOLINE && range.end <= SCRATCH + PAGE => {}
+            _ => {
+                let args = [range.start, range.end - range.start, 0, 0, 0, 0];
+                batch.push(batched("munmap", libc::SYS_munmap, args));
+            }
         }
-    }
-    for (start, end) in gaps {
-        calls.call("munmap", libc::SYS_munmap, [start, end - start, 0, 0, 0, 0])?;
     }
     // First aside, then to their places: a place may be where another still is.
     let mut aside = SCRATCH + 16 * PAGE;
     let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-    for (_, start, end) in &mut kernel {
-        let len = *end - *start;
-        calls.call("mremap", libc::SYS_mremap, [*start, len, len, flags, aside, 0])?;
-        (*start, *end) = (aside, aside + len);
+    for (_, range) in &mut kernel {
+        let len = range.end - range.start;
+        let args = [range.start, len, len, flags, aside, 0];
+        batch.push(batched("mremap", libc::SYS_mremap, args));
+        *range = aside..aside + len;
         aside += len;
     }
-    for (kind, start, end) in kernel {
-        let len = end - start;
-        let wanted = image.areas.iter().find(|a| a.kind == kind);
-        match wanted {
+    for (kind, range) in kernel {
+        let len = range.end - range.start;
+        match image.areas.iter().find(|a| a.kind == kind) {
             Some(area) if area.len() == len => {
-                calls.call(
-                    "mremap",
-                    libc::SYS_mremap,
-                    [start, len, len, flags, area.start, 0],
-                )?;
+                let args = [range.start, len, len, flags, area.start, 0];
+                batch.push(batched("mremap", libc::SYS_mremap, args));
             }
             Some(_) => {
                 return Err(RestoreError::Unsuitable(format!(
@@ -184,26 +292,19 @@ fn empty(calls: &mut RemoteCalls, pid: i32, image: &ProcessImage) -> Result<(), 
                 )));
             }
             None => {
-                calls.call("munmap", libc::SYS_munmap, [start, len, 0, 0, 0, 0])?;
+                batch.push(batched(
+                    "munmap",
+                    libc::SYS_munmap,
+                    [range.start, len, 0, 0, 0, 0],
+                ));
             }
         }
     }
+    calls.batch_all(&batch)?;
     Ok(())
 }
 
-/// Start, end and name of a line of /proc/PID/maps.
-fn parse_line(line: &str) -> Option<(u64, u64, &str)> {
-    let mut fields = line.split_whitespace();
-    let (start, end) = fields.next()?.split_once('-')?;
-    let name = fields.nth(4).unwrap_or_default();
-    Some((
-        u64::from_str_radix(start, 16).ok()?,
-        u64::from_str_radix(end, 16).ok()?,
-        name,
-    ))
-}
-
-fn map(calls: &mut RemoteCalls, area: &Area, fd_of: &dyn Fn(u64) -> Option<i32>) -> Result<(), RestoreError> {
+fn map(area: &Area, fd_of: &dyn Fn(u64) -> Option<i32>) -> Result<BatchCall, RestoreError> {
     let mut flags = libc::MAP_FIXED_NOREPLACE;
     flags |= if area.shared() {
         libc::MAP_SHARED
@@ -240,8 +341,7 @@ fn map(calls: &mut RemoteCalls, area: &Area, fd_of: &dyn Fn(u64) -> Option<i32>)
         fd as u64,
         offset,
     ];
-    calls.call("mmap", libc::SYS_mmap, args)?;
-    Ok(())
+    Ok(batched("mmap", libc::SYS_mmap, args))
 }
 
 fn advise(calls: &mut RemoteCalls, image: &ProcessImage) -> Result<(), RestoreError> {
@@ -253,18 +353,20 @@ fn advise(calls: &mut RemoteCalls, image: &ProcessImage) -> Result<(), RestoreEr
         (AreaFlags::MERGEABLE, libc::MADV_MERGEABLE),
         (AreaFlags::DONTDUMP, libc::MADV_DONTDUMP),
     ];
+    let mut batch = Vec::new();
     for area in image.areas.iter().filter(|a| !a.is_kernel()) {
         for (flag, advice) in advices {
             if area.flags.has(flag) {
-                // A hint that this kernel lacks changes nothing that the program can see, but for the two about fork.
-                let ret = calls.raw(
-                    libc::SYS_madvise,
-                    [area.start, area.len(), advice as u64, 0, 0, 0],
-                )?;
-                if ret < 0 && matches!(advice, libc::MADV_DONTFORK | libc::MADV_WIPEONFORK) {
-                    return Err(RestoreError::Unsuitable("madvise about fork".into()));
-                }
+                let args = [area.start, area.len(), advice as u64, 0, 0, 0];
+                batch.push(batched("madvise", libc::SYS_madvise, args));
             }
+        }
+    }
+    let about_fork = [libc::MADV_DONTFORK as u64, libc::MADV_WIPEONFORK as u64];
+    for (call, ret) in batch.iter().zip(calls.batch(&batch)?) {
+        // A hint that this kernel lacks changes nothing that the program can see, but for the two about fork.
+        if ret < 0 && about_fork.contains(&call.args[2]) {
+            return Err(RestoreError::Unsuitable("madvise about fork".into()));
         }
     }
     Ok(())
@@ -309,73 +411,91 @@ fn mm_fields(
     Ok(())
 }
 
-/// Dispositions, names, and what a thread has registered with the kernel.
-fn identity(
+/// Dispositions and personality; no descriptor stays open.
+fn process(
     calls: &mut RemoteCalls,
     memory: &ProcessMemory,
     image: &ProcessImage,
+) -> Result<(), RestoreError> {
+    /// Of struct sigaction.
+    const LEN: usize = 32;
+    let set: Vec<(u64, &SigAction)> = (1..)
+        .zip(&image.actions)
+        .filter(|(signal, action)| **action != SigAction::default() && ![9, 19].contains(signal))
+        .collect();
+    for part in set.chunks(ARGUMENTS_LEN / LEN) {
+        let bytes: Vec<u8> = part
+            .iter()
+            .flat_map(|(_, a)| words(&[a.handler, a.flags, a.restorer, a.mask]))
+            .collect();
+        memory.write_forced(SCRATCH, &bytes)?;
+        let batch: Vec<BatchCall> = part
+            .iter()
+            .zip((SCRATCH..).step_by(LEN))
+            .map(|((signal, _), at)| {
+                batched("rt_sigaction", libc::SYS_rt_sigaction, [*signal, at, 0, 8, 0, 0])
+            })
+            .collect();
+        calls.batch_all(&batch)?;
+    }
+    let personality = [u64::from(image.personality), 0, 0, 0, 0, 0];
+    calls.batch_all(&[
+        batched("personality", libc::SYS_personality, personality),
+        batched(
+            "close_range",
+            libc::SYS_close_range,
+            [0, u64::from(u32::MAX), 0, 0, 0, 0],
+        ),
+    ])?;
+    Ok(())
+}
+
+/// What a thread has registered with the kernel, and its name.
+pub(crate) fn register(
+    calls: &mut RemoteCalls,
+    memory: &ProcessMemory,
     thread: &ThreadImage,
 ) -> Result<(), RestoreError> {
-    for (index, action) in image.actions.iter().enumerate() {
-        let signal = index as u64 + 1;
-        if action.handler == 0 && action.flags == 0 || [9, 19].contains(&signal) {
-            continue;
-        }
-        memory.write_forced(
-            SCRATCH,
-            &words(&[action.handler, action.flags, action.restorer, action.mask]),
-        )?;
-        calls.call(
-            "rt_sigaction",
-            libc::SYS_rt_sigaction,
-            [signal, SCRATCH, 0, 8, 0, 0],
-        )?;
-    }
     let mut name = thread.comm.clone();
-    name.truncate(15);
+    name.resize(15, 0);
     name.push(0);
+    let alt = thread.altstack;
+    let alt_flags = if alt.size == 0 {
+        libc::SS_DISABLE as u64
+    } else {
+        u64::from(alt.flags)
+    };
+    name.extend(words(&[alt.sp, alt_flags, alt.size]));
     memory.write_forced(SCRATCH, &name)?;
-    calls.call(
-        "prctl(PR_SET_NAME)",
-        libc::SYS_prctl,
-        [libc::PR_SET_NAME as u64, SCRATCH, 0, 0, 0, 0],
-    )?;
-    calls.call(
-        "personality",
-        libc::SYS_personality,
-        [u64::from(image.personality), 0, 0, 0, 0, 0],
-    )?;
-    if thread.clear_child_tid != 0 {
-        calls.call(
+    let (head, _) = thread.robust_list;
+    let clear = thread.clear_child_tid;
+    let mut batch = vec![
+        batched(
+            "prctl(PR_SET_NAME)",
+            libc::SYS_prctl,
+            [libc::PR_SET_NAME as u64, SCRATCH, 0, 0, 0, 0],
+        ),
+        batched(
+            "sigaltstack",
+            libc::SYS_sigaltstack,
+            [SCRATCH + 16, 0, 0, 0, 0, 0],
+        ),
+        batched(
             "set_tid_address",
             libc::SYS_set_tid_address,
-            [thread.clear_child_tid, 0, 0, 0, 0, 0],
-        )?;
-    }
-    let (head, len) = thread.robust_list;
-    if head != 0 {
-        calls.call(
+            [clear, 0, 0, 0, 0, 0],
+        ),
+        batched(
             "set_robust_list",
             libc::SYS_set_robust_list,
-            [head, len, 0, 0, 0, 0],
-        )?;
-    }
-    if thread.altstack.size != 0 {
-        let alt = thread.altstack;
-        memory.write_forced(SCRATCH, &words(&[alt.sp, u64::from(alt.flags), alt.size]))?;
-        calls.call("sigaltstack", libc::SYS_sigaltstack, [SCRATCH, 0, 0, 0, 0, 0])?;
-    }
+            [head, 24, 0, 0, 0, 0],
+        ),
+    ];
     if let Some(rseq) = thread.rseq {
-        let args = [
-            rseq.pointer,
-            u64::from(rseq.size),
-            0,
-            u64::from(rseq.signature),
-            0,
-            0,
-        ];
-        calls.call("rseq", libc::SYS_rseq, args)?;
+        let args = [rseq.pointer, rseq.size.into(), 0, rseq.signature.into(), 0, 0];
+        batch.push(batched("rseq", libc::SYS_rseq, args));
     }
+    calls.batch_all(&batch)?;
     Ok(())
 }
 

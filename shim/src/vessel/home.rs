@@ -11,15 +11,15 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use linklayer::image::{Area, AreaFlags, AreaKind, PAGE, ProcessImage, SigInfo, ThreadImage};
+use linklayer::image::{Area, AreaFlags, AreaKind, PAGE, ProcessImage, SigInfo};
 use nix::errno::Errno;
 
 use super::{ARENA_ADDRESS, ARENA_LEN, Slot, Vessel, VesselError};
 use crate::capture::{MapLine, map_lines, reserved, vdso_site};
 use crate::memory::ProcessMemory;
-use crate::ptrace::{self, Status, Stopped, Target};
-use crate::remote_call::{RemoteCallError, RemoteCalls};
-use crate::restore::{SCRATCH, TRAMPOLINE};
+use crate::ptrace::{self, Stop, Stopped, Target};
+use crate::remote_call::RemoteCalls;
+use crate::restore::{TRAMPOLINE, register, requeue};
 
 /// A piece of the address space that has to change.
 #[derive(Debug, PartialEq, Eq)]
@@ -107,36 +107,32 @@ impl Vessel {
         let site = vdso_site(self.pid)?;
         let memory = ProcessMemory::new(self.pid);
         let mut threads = Vec::new();
-        for (index, thread) in image.threads.iter().enumerate() {
-            let stopped = stop(thread.tid)?;
+        let mut caught = Vec::new();
+        for thread in &image.threads {
+            let stopped = stop(thread.tid, &mut caught)?;
             let mut calls = RemoteCalls::begin(stopped, TRAMPOLINE)?;
             register(&mut calls, &memory, thread)?;
             for info in &thread.pending {
                 requeue(&mut calls, &memory, self.pid, Some(thread.tid), info)?;
             }
-            if index == 0 {
-                for info in &image.pending {
-                    requeue(&mut calls, &memory, self.pid, None, info)?;
-                }
-            }
             threads.push((calls, thread));
         }
-        end_catcher(self.catcher)?;
+        end_catcher(self.catcher, &mut caught)?;
+        if let Some((calls, _)) = threads.first_mut() {
+            for info in image.pending.iter().chain(&caught) {
+                requeue(calls, &memory, self.pid, None, info)?;
+            }
+        }
         let mut running = Vec::new();
         for (index, (mut calls, thread)) in threads.into_iter().enumerate() {
             if index == 0 && !self.shares_memory {
                 calls.move_to(site);
                 calls.call("munmap", libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0])?;
-                calls.call(
-                    "munmap",
-                    libc::SYS_munmap,
-                    [ARENA_ADDRESS, ARENA_LEN as u64, 0, 0, 0, 0],
-                )?;
+                let arena = [ARENA_ADDRESS, ARENA_LEN as u64, 0, 0, 0, 0];
+                calls.call("munmap", libc::SYS_munmap, arena)?;
             }
-            if !thread.xstate.is_empty()
-                && let Some(stopped) = calls.stopped_mut()
-            {
-                stopped.set_xstate(&thread.xstate)?;
+            if !thread.xstate.is_empty() {
+                calls.stopped().set_xstate(&thread.xstate)?;
             }
             running.push(calls.end_with(&thread.regs, thread.sigmask)?);
         }
@@ -274,95 +270,43 @@ fn map(
     Ok(())
 }
 
-/// Stops a worker; whatever it reports on the way is its own affair.
-fn stop(tid: i32) -> Result<Stopped, VesselError> {
-    ptrace::interrupt(tid)?;
-    match ptrace::wait(Target::Thread(tid), false)? {
-        Some((_, Status::Stopped(stopped))) => Ok(stopped),
-        _ => Err(RemoteCallError::Ended(tid).into()),
-    }
-}
-
-fn words(values: &[u64]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_ne_bytes()).collect()
-}
-
-/// What a thread registers with its kernel.
-fn register(
-    calls: &mut RemoteCalls,
-    memory: &ProcessMemory,
-    thread: &ThreadImage,
-) -> Result<(), VesselError> {
-    calls.call(
-        "set_tid_address",
-        libc::SYS_set_tid_address,
-        [thread.clear_child_tid, 0, 0, 0, 0, 0],
-    )?;
-    let (head, len) = thread.robust_list;
-    if head != 0 {
-        calls.call(
-            "set_robust_list",
-            libc::SYS_set_robust_list,
-            [head, len, 0, 0, 0, 0],
-        )?;
-    }
-    let alt = thread.altstack;
-    let flags = if alt.size == 0 {
-        libc::SS_DISABLE as u64
-    } else {
-        u64::from(alt.flags)
-    };
-    memory.write_forced(SCRATCH, &words(&[alt.sp, flags, alt.size]))?;
-    calls.call("sigaltstack", libc::SYS_sigaltstack, [SCRATCH, 0, 0, 0, 0, 0])?;
-    if let Some(rseq) = thread.rseq {
-        let args = [
-            rseq.pointer,
-            u64::from(rseq.size),
-            0,
-            u64::from(rseq.signature),
-            0,
-            0,
-        ];
-        calls.call("rseq", libc::SYS_rseq, args)?;
-    }
-    Ok(())
-}
-
-/// Puts a pending signal back. The thread sends it to itself, so that any si_code is allowed.
-fn requeue(
-    calls: &mut RemoteCalls,
-    memory: &ProcessMemory,
-    pid: i32,
-    tid: Option<i32>,
-    info: &SigInfo,
-) -> Result<(), VesselError> {
-    memory.write_forced(SCRATCH, &info.0)?;
-    let signal = info.signo() as u64;
-    // A full queue or a coalesced signal is no error natively either.
-    match tid {
-        Some(tid) => calls.raw(
-            libc::SYS_rt_tgsigqueueinfo,
-            [pid as u64, tid as u64, signal, SCRATCH, 0, 0],
-        )?,
-        None => calls.raw(libc::SYS_rt_sigqueueinfo, [pid as u64, signal, SCRATCH, 0, 0, 0])?,
-    };
-    Ok(())
-}
-
-/// Has the catcher end, and waits until it has.
-fn end_catcher(tid: i32) -> Result<(), VesselError> {
-    let mut stopped = stop(tid)?;
+/// Brings a thread of the vessel to an event stop. A stop signal begins its group-stop; others (those of the terminal, which
+/// workers do not block) are kept for the process.
+fn stop(tid: i32, caught: &mut Vec<SigInfo>) -> Result<Stopped, VesselError> {
     loop {
+        ptrace::interrupt(tid)?;
+        let stopped = ptrace::wait_stop(tid)?;
+        match stopped.stop() {
+            Stop::Interrupt | Stop::Group(_) => return Ok(stopped),
+            Stop::Signal(libc::SIGSTOP) => stopped.cont(libc::SIGSTOP)?,
+            Stop::Signal(_) => {
+                caught.push(stopped.siginfo()?);
+                stopped.cont(0)?;
+            }
+            _ => stopped.cont(0)?,
+        }
+    }
+}
+
+/// Has the catcher end, and waits until it has. The signals that it took meanwhile nobody has seen yet.
+fn end_catcher(tid: i32, caught: &mut Vec<SigInfo>) -> Result<(), VesselError> {
+    ptrace::interrupt(tid)?;
+    loop {
+        let Ok(mut stopped) = ptrace::wait_stop(tid) else {
+            // Its end was kept for whoever waits next: it is taken here.
+            ptrace::wait(Target::Thread(tid), false)?;
+            return Ok(());
+        };
+        if let Stop::Signal(_) = stopped.stop() {
+            caught.push(stopped.siginfo()?);
+        }
         let mut regs = stopped.regs()?;
         regs.rip = TRAMPOLINE;
         regs.set_call(libc::SYS_exit as u64, [0; 6]);
         regs.orig_rax = u64::MAX;
         stopped.set_regs(&regs)?;
+        stopped.set_sigmask(u64::MAX)?;
         stopped.cont(0)?;
-        match ptrace::wait(Target::Thread(tid), false)? {
-            Some((_, Status::Stopped(again))) => stopped = again,
-            _ => return Ok(()),
-        }
     }
 }
 

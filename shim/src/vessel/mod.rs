@@ -2,7 +2,9 @@
 
 mod arena;
 mod home;
-mod stub;
+pub(crate) mod stub;
+
+use std::ops::Range;
 
 use linklayer::image::{PAGE, Regs, SigAction};
 
@@ -10,8 +12,9 @@ pub use arena::{ARENA_ADDRESS, ARENA_LEN, Arena, Slot};
 
 use crate::capture::{self, CaptureError, map_lines, reserved, vdso_site};
 use crate::memory::ProcessMemory;
-use crate::ptrace::{self, PtraceError, Status, Stopped, Target};
-use crate::remote_call::{RemoteCallError, RemoteCalls};
+use crate::process;
+use crate::ptrace::{self, PtraceError, Stop, Stopped};
+use crate::remote_call::{BatchCall, RemoteCallError, RemoteCalls};
 use crate::restore::{SCRATCH, TRAMPOLINE};
 
 /// Workers block everything but the signals whose blocking changes what the terminal does
@@ -31,6 +34,9 @@ pub enum VesselError {
     /// ptrace failed.
     #[error(transparent)]
     Ptrace(#[from] PtraceError),
+    /// Registering what a thread had failed.
+    #[error(transparent)]
+    Restore(#[from] crate::restore::RestoreError),
     /// Its memory or /proc.
     #[error("{0}")]
     Io(#[from] std::io::Error),
@@ -54,6 +60,7 @@ pub struct Vessel {
 }
 
 /// What conversion made.
+#[derive(Debug)]
 pub struct Parts {
     /// Each thread with its slot; they wait for calls.
     pub workers: Vec<(i32, Slot)>,
@@ -64,51 +71,77 @@ pub struct Parts {
 }
 
 impl Vessel {
-    /// Turns a single-threaded stopped process into a vessel. Its memory areas stay; their pages are dropped, but for
-    /// those of its arguments and environment, which ps(1) shows.
+    /// Turns a single-threaded stopped process into a vessel. See [`Vessel::convert_all`].
     ///
     /// # Errors
-    /// Before its pages are dropped the process is restored, and given back with the error; after that nothing fails.
+    /// As there.
     pub fn convert(
         stopped: Stopped,
         arena: &Arena,
     ) -> Result<(Vessel, Parts), (Option<Stopped>, VesselError)> {
-        let pid = stopped.tid();
-        let slot = match arena.allocate() {
-            Ok(slot) => slot,
-            Err(e) => return Err((Some(stopped), e.into())),
+        Vessel::convert_all(vec![stopped], arena).map_err(|(mut threads, e)| (threads.pop(), e))
+    }
+
+    /// Turns a process all of whose threads are in event stops (the leader first) into a vessel. Its memory areas stay;
+    /// their pages are dropped, but for those of its arguments and environment, which ps(1) shows. What the threads have
+    /// registered with the kernel (rseq, robust list, clear-child-tid address) is unregistered, as it lies in memory that vanishes.
+    ///
+    /// Its threads run, or listen for SIGCONT when they were in a group-stop.
+    ///
+    /// # Errors
+    /// The process is as it was, and its threads are given back; none when it is dead.
+    pub fn convert_all(
+        mut threads: Vec<Stopped>,
+        arena: &Arena,
+    ) -> Result<(Vessel, Parts), (Vec<Stopped>, VesselError)> {
+        let Some(pid) = threads.first().map(Stopped::tid) else {
+            return Err((threads, VesselError::Call(RemoteCallError::Ended(0))));
         };
-        let site = match vdso_site(pid) {
-            Ok(site) => site,
-            Err(e) => return Err((Some(stopped), e.into())),
+        let slots: std::io::Result<Vec<Slot>> = threads.iter().map(|_| arena.allocate()).collect();
+        let (slots, site) = match (slots, vdso_site(pid)) {
+            (Ok(slots), Ok(site)) => (slots, site),
+            (Err(e), _) => return Err((threads, e.into())),
+            (_, Err(e)) => return Err((threads, e.into())),
         };
-        let mut calls = match RemoteCalls::begin(stopped, site) {
+        let leader = &threads[0];
+        let own = Stopped::assume(pid, leader.stop());
+        let mut leader = match RemoteCalls::begin(own, site) {
             Ok(calls) => calls,
-            Err(e) => return Err((None, e.into())),
+            Err(e) => return Err((alive(threads, &e), e.into())),
         };
-        if let Err(e) = furnish(&mut calls, pid, arena) {
-            // Nothing of the process's own was touched yet.
-            let undo = [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0];
-            calls.move_to(site);
-            let _ = calls.raw(libc::SYS_munmap, undo);
-            let _ = calls.raw(libc::SYS_munmap, [ARENA_ADDRESS, ARENA_LEN as u64, 0, 0, 0, 0]);
-            return Err((calls.end().ok(), e));
-        }
-        match settle(calls, pid, &slot) {
-            Ok((catcher, actions)) => Ok((
-                Vessel {
+        let (catcher, actions) = match furnish(&mut leader, pid, arena) {
+            Ok(done) => done,
+            Err(e) => {
+                // Nothing of the process's own was touched yet.
+                leader.move_to(site);
+                let _ = leader.raw(libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0]);
+                let _ = leader.raw(libc::SYS_munmap, [ARENA_ADDRESS, ARENA_LEN as u64, 0, 0, 0, 0]);
+                return match leader.end() {
+                    Ok(stopped) => {
+                        threads[0] = stopped;
+                        Err((threads, e))
+                    }
+                    Err(_) => Err((Vec::new(), e)),
+                };
+            }
+        };
+        let catcher_tid = catcher.tid();
+        // From here on nothing fails but by the death of the process.
+        settle(threads, leader, catcher, pid, &slots)
+            .map_err(|e| (Vec::new(), e))
+            .map(|workers| {
+                let vessel = Vessel {
                     pid,
-                    catcher,
+                    catcher: catcher_tid,
                     shares_memory: false,
-                },
-                Parts {
-                    workers: vec![(pid, slot)],
-                    catcher,
+                };
+                let parts = Parts {
+                    workers: workers.into_iter().zip(slots).collect(),
+                    catcher: catcher_tid,
                     actions,
-                },
-            )),
-            Err(e) => Err((None, e)),
-        }
+                };
+                (vessel, parts)
+            })
     }
 
     /// Makes a vessel of the child that a worker just forked; the child is at its first stop and goes into its slot when
@@ -119,7 +152,10 @@ impl Vessel {
     pub fn adopt_child(stopped: Stopped) -> Result<(Vessel, Stopped, i32), VesselError> {
         let pid = stopped.tid();
         let mut calls = RemoteCalls::begin(stopped, TRAMPOLINE)?;
-        let catcher = start_catcher(&mut calls)?;
+        let catcher = make_catcher(&mut calls)?;
+        let tid = catcher.tid();
+        catcher.cont(0)?;
+        let catcher = tid;
         Ok((
             Vessel {
                 pid,
@@ -161,8 +197,8 @@ impl Vessel {
             }
             return Ok(());
         }
-        if regs.rip > stub::after_address() && regs.rip < stub::catcher_address() {
-            // On its way to say that it has ended.
+        // Behind the point where it says that a call has ended it may still be in the wake of the call before this one.
+        if regs.rip > stub::after_address() && regs.rip < stub::said_address() {
             return Ok(());
         }
         regs.rip = stub::after_address();
@@ -173,23 +209,26 @@ impl Vessel {
     }
 }
 
-/// The stub, the arena.
-fn furnish(calls: &mut RemoteCalls, pid: i32, arena: &Arena) -> Result<(), VesselError> {
-    let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
-    let (rx, rw) = (
-        (libc::PROT_READ | libc::PROT_EXEC) as u64,
-        (libc::PROT_READ | libc::PROT_WRITE) as u64,
-    );
+/// The threads, if the process is alive.
+fn alive(threads: Vec<Stopped>, error: &RemoteCallError) -> Vec<Stopped> {
+    if error.is_gone() { Vec::new() } else { threads }
+}
+
+/// The stub, the arena, the catcher (still stopped). Gives the process's dispositions too.
+fn furnish(
+    calls: &mut RemoteCalls,
+    pid: i32,
+    arena: &Arena,
+) -> Result<(Stopped, Vec<SigAction>), VesselError> {
     let memory = ProcessMemory::new(pid);
-    calls.call("mmap", libc::SYS_mmap, [TRAMPOLINE, PAGE, rx, flags, u64::MAX, 0])?;
-    calls.call("mmap", libc::SYS_mmap, [SCRATCH, PAGE, rw, flags, u64::MAX, 0])?;
-    memory.write_forced(TRAMPOLINE, stub::code())?;
-    calls.move_to(TRAMPOLINE);
+    let _raised = Raised::new(pid, &[libc::RLIMIT_NOFILE, libc::RLIMIT_AS]);
+    capture::build_site(calls, &memory)?;
     let mut path = arena.path().into_bytes();
     path.push(0);
     memory.write_forced(SCRATCH, &path)?;
     let open = (libc::O_RDWR | libc::O_CLOEXEC) as u64;
     let fd = calls.call("open of the arena", libc::SYS_open, [SCRATCH, open, 0, 0, 0, 0])?;
+    let rw = (libc::PROT_READ | libc::PROT_WRITE) as u64;
     let shared = (libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE) as u64;
     let mapped = calls.call(
         "mmap of the arena",
@@ -198,31 +237,91 @@ fn furnish(calls: &mut RemoteCalls, pid: i32, arena: &Arena) -> Result<(), Vesse
     );
     calls.call("close", libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
     mapped?;
-    Ok(())
+    let actions = capture::actions(calls, &memory)?;
+    Ok((make_catcher(calls)?, actions))
 }
 
-/// From here on the process is a vessel.
-fn settle(mut calls: RemoteCalls, pid: i32, slot: &Slot) -> Result<(i32, Vec<SigAction>), VesselError> {
-    let rseq = calls.stopped_mut().map(|s| s.rseq()).transpose()?.flatten();
-    if let Some(rseq) = rseq {
-        const UNREGISTER: u64 = 1;
-        let args = [
-            rseq.pointer,
-            u64::from(rseq.size),
-            UNREGISTER,
-            u64::from(rseq.signature),
-            0,
-            0,
-        ];
-        calls.call("rseq", libc::SYS_rseq, args)?;
+/// Soft limits of a process that are as high as the hard ones while this lives.
+struct Raised {
+    pid: i32,
+    before: Vec<(u32, u64, u64)>,
+}
+
+impl Raised {
+    fn new(pid: i32, resources: &[u32]) -> Raised {
+        let mut before = Vec::new();
+        for resource in resources {
+            if let Ok((soft, hard)) = process::limit(pid, *resource)
+                && soft != hard
+                && process::set_limit(pid, *resource, hard, hard).is_ok()
+            {
+                before.push((*resource, soft, hard));
+            }
+        }
+        Raised { pid, before }
     }
-    calls.call("set_robust_list", libc::SYS_set_robust_list, [0, 24, 0, 0, 0, 0])?;
-    calls.call("set_tid_address", libc::SYS_set_tid_address, [0; 6])?;
-    drop_pages(&mut calls, pid)?;
-    let catcher = start_catcher(&mut calls)?;
-    let regs = worker_regs(slot);
-    calls.end_with(&regs, WORKER_MASK)?.cont(0)?;
-    Ok((catcher, capture::dispositions(pid)?))
+}
+
+impl Drop for Raised {
+    fn drop(&mut self) {
+        for (resource, soft, hard) in &self.before {
+            // It can only fail when the process is dead.
+            let _ = process::set_limit(self.pid, *resource, *soft, *hard);
+        }
+    }
+}
+
+/// Puts all threads to work, after the memory has gone. Gives their ids.
+fn settle(
+    threads: Vec<Stopped>,
+    leader: RemoteCalls,
+    catcher: Stopped,
+    pid: i32,
+    slots: &[Slot],
+) -> Result<Vec<i32>, VesselError> {
+    let tids: Vec<i32> = threads.iter().map(Stopped::tid).collect();
+    let mut workers = vec![leader];
+    for thread in threads.into_iter().skip(1) {
+        workers.push(RemoteCalls::begin(thread, TRAMPOLINE)?);
+    }
+    for calls in &mut workers {
+        let mut batch = vec![
+            BatchCall {
+                what: "set_robust_list",
+                nr: libc::SYS_set_robust_list,
+                args: [0, 24, 0, 0, 0, 0],
+            },
+            BatchCall {
+                what: "set_tid_address",
+                nr: libc::SYS_set_tid_address,
+                args: [0; 6],
+            },
+        ];
+        if let Some(rseq) = calls.stopped().rseq()? {
+            const UNREGISTER: u64 = 1;
+            let (size, signature) = (u64::from(rseq.size), u64::from(rseq.signature));
+            batch.push(BatchCall {
+                what: "rseq",
+                nr: libc::SYS_rseq,
+                args: [rseq.pointer, size, UNREGISTER, signature, 0, 0],
+            });
+        }
+        calls.batch_all(&batch)?;
+    }
+    drop_pages(&mut workers[0], pid)?;
+    for (calls, slot) in workers.into_iter().zip(slots) {
+        resume(calls.end_with(&worker_regs(slot), WORKER_MASK)?)?;
+    }
+    catcher.cont(0)?;
+    Ok(tids)
+}
+
+/// Lets a thread go on, in a group-stop only until SIGCONT.
+fn resume(stopped: Stopped) -> Result<(), PtraceError> {
+    match stopped.stop() {
+        Stop::Group(_) => stopped.listen(),
+        _ => stopped.cont(0),
+    }
 }
 
 /// Registers of a worker that waits in its slot.
@@ -239,8 +338,10 @@ fn worker_regs(slot: &Slot) -> Regs {
     }
 }
 
+/// Drops the pages of everything that is the process's own. Areas that refuse (of devices, sealed ones) keep theirs.
 fn drop_pages(calls: &mut RemoteCalls, pid: i32) -> Result<(), VesselError> {
     let kept = capture::argument_pages(pid)?;
+    let mut parts: Vec<Range<u64>> = Vec::new();
     for line in map_lines(pid, false)? {
         let special = matches!(
             line.path.as_slice(),
@@ -249,28 +350,32 @@ fn drop_pages(calls: &mut RemoteCalls, pid: i32) -> Result<(), VesselError> {
         if special || reserved(&line.range) {
             continue;
         }
-        let parts = [
+        let around = [
             line.range.start..line.range.end.min(kept.start),
             line.range.start.max(kept.end)..line.range.end,
         ];
-        for part in parts {
-            if part.start >= part.end {
-                continue;
-            }
-            let len = part.end - part.start;
-            let args = [part.start, len, MADV_DONTNEED_LOCKED, 0, 0, 0];
-            if calls.raw(libc::SYS_madvise, args)? < 0 {
-                // Before Linux 5.18.
-                let args = [part.start, len, libc::MADV_DONTNEED as u64, 0, 0, 0];
-                calls.call("madvise", libc::SYS_madvise, args)?;
-            }
-        }
+        parts.extend(around.into_iter().filter(|part| part.start < part.end));
     }
+    let advise = |advice: u64| {
+        move |part: &Range<u64>| BatchCall {
+            what: "madvise",
+            nr: libc::SYS_madvise,
+            args: [part.start, part.end - part.start, advice, 0, 0, 0],
+        }
+    };
+    let calls_made: Vec<BatchCall> = parts.iter().map(advise(MADV_DONTNEED_LOCKED)).collect();
+    let results = calls.batch(&calls_made)?;
+    // Before Linux 5.18.
+    let refused = parts.iter().zip(results).filter(|(_, ret)| *ret < 0);
+    let again: Vec<BatchCall> = refused
+        .map(|(part, _)| advise(libc::MADV_DONTNEED as u64)(part))
+        .collect();
+    calls.batch(&again)?;
     Ok(())
 }
 
-/// A thread that blocks no signal and does nothing: signals for the process show up there.
-fn start_catcher(calls: &mut RemoteCalls) -> Result<i32, VesselError> {
+/// A thread that blocks no signal and does nothing: signals for the process show up there. It is given back stopped.
+fn make_catcher(calls: &mut RemoteCalls) -> Result<Stopped, VesselError> {
     let flags = libc::CLONE_VM
         | libc::CLONE_FS
         | libc::CLONE_FILES
@@ -278,15 +383,13 @@ fn start_catcher(calls: &mut RemoteCalls) -> Result<i32, VesselError> {
         | libc::CLONE_THREAD
         | libc::CLONE_SYSVSEM;
     calls.move_to(TRAMPOLINE);
-    let tid = calls.call("clone", libc::SYS_clone, [flags as u64, 0, 0, 0, 0, 0])? as i32;
-    let Some((_, Status::Stopped(mut stopped))) = ptrace::wait(Target::Thread(tid), false)? else {
-        return Err(RemoteCallError::Ended(tid).into());
-    };
+    calls.call("clone", libc::SYS_clone, [flags as u64, 0, 0, 0, 0, 0])?;
+    let tid = calls.newborn().ok_or(RemoteCallError::Ended(calls.tid()))?;
+    let mut stopped = ptrace::wait_stop(tid)?;
     let mut regs = stopped.regs()?;
     regs.rip = stub::catcher_address();
     regs.orig_rax = u64::MAX;
     stopped.set_regs(&regs)?;
     stopped.set_sigmask(0)?;
-    stopped.cont(0)?;
-    Ok(tid)
+    Ok(stopped)
 }

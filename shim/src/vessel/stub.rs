@@ -47,6 +47,7 @@ global_asm!(
     "mov qword ptr [r12 + 64], rax",
     "mov eax, 2",
     "xchg dword ptr [r12], eax",
+    "vessel_stub_said:",
     "mov rdi, r12",
     "mov esi, 1",
     "mov edx, 0x7fffffff",
@@ -59,6 +60,23 @@ global_asm!(
     "mov eax, 34",
     "syscall",
     "jmp vessel_stub_catcher",
+    // Executes r13 > 0 calls that are described from rbx on: number, six arguments, room for the result.
+    ".balign 16",
+    "vessel_stub_batch:",
+    "mov rax, qword ptr [rbx]",
+    "mov rdi, qword ptr [rbx + 8]",
+    "mov rsi, qword ptr [rbx + 16]",
+    "mov rdx, qword ptr [rbx + 24]",
+    "mov r10, qword ptr [rbx + 32]",
+    "mov r8, qword ptr [rbx + 40]",
+    "mov r9, qword ptr [rbx + 48]",
+    "syscall",
+    "mov qword ptr [rbx + 56], rax",
+    "add rbx, 64",
+    "dec r13",
+    "jnz vessel_stub_batch",
+    "int3",
+    "vessel_stub_batch_end:",
     "vessel_stub_end:",
     ".popsection",
 );
@@ -67,7 +85,10 @@ unsafe extern "C" {
     static vessel_stub_start: u8;
     static vessel_stub_loop: u8;
     static vessel_stub_after: u8;
+    static vessel_stub_said: u8;
     static vessel_stub_catcher: u8;
+    static vessel_stub_batch: u8;
+    static vessel_stub_batch_end: u8;
     static vessel_stub_end: u8;
 }
 
@@ -93,7 +114,23 @@ pub fn after_address() -> u64 {
     at(&raw const vessel_stub_after)
 }
 
+/// The address behind the instruction that says that a call has ended: with an instruction pointer up to that of the
+/// instruction itself the result is not yet seen.
+pub fn said_address() -> u64 {
+    at(&raw const vessel_stub_said)
+}
+
 /// Where the catcher waits.
 pub fn catcher_address() -> u64 {
     at(&raw const vessel_stub_catcher)
+}
+
+/// Where a batch of calls begins.
+pub fn batch_address() -> u64 {
+    at(&raw const vessel_stub_batch)
+}
+
+/// The address behind the breakpoint that ends a batch.
+pub fn batch_end_address() -> u64 {
+    at(&raw const vessel_stub_batch_end)
 }

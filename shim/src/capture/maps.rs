@@ -1,0 +1,135 @@
+//! The areas of a process as /proc shows them (proc_pid_maps(5), proc_pid_smaps(5)).
+
+use std::io;
+use std::ops::Range;
+
+use linklayer::image::{Prot, RESERVED};
+
+/// One line of /proc/PID/maps with the flags of smaps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MapLine {
+    /// The addresses.
+    pub range: Range<u64>,
+    /// Protection.
+    pub prot: Prot,
+    /// Mapped shared.
+    pub shared: bool,
+    /// Offset in the file.
+    pub offset: u64,
+    /// Device.
+    pub dev: u64,
+    /// Inode; 0 for anonymous memory.
+    pub ino: u64,
+    /// Path or name.
+    pub path: Vec<u8>,
+    /// VmFlags of smaps, when they were asked for.
+    pub flags: Vec<[u8; 2]>,
+}
+
+/// Reads a process's areas; with the flags of smaps, which costs a walk of its page tables.
+///
+/// # Errors
+/// The process is gone.
+pub fn map_lines(pid: i32, with_flags: bool) -> io::Result<Vec<MapLine>> {
+    let text = std::fs::read(format!(
+        "/proc/{pid}/{}",
+        if with_flags { "smaps" } else { "maps" }
+    ))?;
+    let mut lines: Vec<MapLine> = Vec::new();
+    for line in text.split(|b| *b == b'\n') {
+        if let Some(flags) = line.strip_prefix(b"VmFlags:") {
+            if let Some(last) = lines.last_mut() {
+                last.flags = flags
+                    .split(|b| *b == b' ')
+                    .filter_map(|f| <[u8; 2]>::try_from(f).ok())
+                    .collect();
+            }
+        } else if let Some(parsed) = parse_line(line) {
+            lines.push(parsed);
+        }
+    }
+    Ok(lines)
+}
+
+fn parse_line(line: &[u8]) -> Option<MapLine> {
+    // address perms offset dev inode path; a name of smaps ("Size:") has no dash in its first field.
+    let mut rest = line;
+    let mut next = || {
+        let start = rest.iter().position(|b| *b != b' ')?;
+        let end = rest[start..]
+            .iter()
+            .position(|b| *b == b' ')
+            .map_or(rest.len(), |e| start + e);
+        let field = std::str::from_utf8(&rest[start..end]).ok()?;
+        rest = &rest[end..];
+        Some(field)
+    };
+    let hex = |s: &str| u64::from_str_radix(s, 16).ok();
+    let (start, end) = next()?.split_once('-')?;
+    let perms = next()?.as_bytes();
+    let offset = next()?;
+    let (major, minor) = next()?.split_once(':')?;
+    let ino = next()?;
+    let mut prot = 0;
+    for (byte, mark, bit) in [
+        (0, b'r', Prot::READ),
+        (1, b'w', Prot::WRITE),
+        (2, b'x', Prot::EXEC),
+    ] {
+        if *perms.get(byte)? == mark {
+            prot |= bit;
+        }
+    }
+    let path = rest
+        .iter()
+        .position(|b| *b != b' ')
+        .map(|p| rest[p..].to_vec())
+        .unwrap_or_default();
+    Some(MapLine {
+        range: hex(start)?..hex(end)?,
+        prot: Prot(prot),
+        shared: *perms.get(3)? == b's',
+        offset: hex(offset)?,
+        dev: libc::makedev(hex(major)? as u32, hex(minor)? as u32),
+        ino: ino.parse().ok()?,
+        path,
+        flags: Vec::new(),
+    })
+}
+
+pub(super) const DELETED: &[u8] = b" (deleted)";
+const OUR_FILES: &[u8] = b"/memfd:mosrun-";
+
+/// The number in the name of a memfd that stands for one of home's files.
+pub fn file_id(path: &[u8]) -> Option<u64> {
+    let name = path
+        .strip_suffix(DELETED)
+        .unwrap_or(path)
+        .strip_prefix(OUR_FILES)?;
+    std::str::from_utf8(name).ok()?.parse().ok()
+}
+
+/// Whether an area is part of what a deputy or supervisor keeps in a process.
+pub fn reserved(range: &Range<u64>) -> bool {
+    range.start >= RESERVED.start && range.end <= RESERVED.end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_maps_are_parsed() {
+        let line = parse_line(b"7f00-8f00 r-xp 00001000 08:02 173521      /usr/bin/a b (deleted)");
+        let Some(line) = line else { panic!("not parsed") };
+        assert_eq!(line.range, 0x7f00..0x8f00);
+        assert_eq!(
+            (line.prot.0, line.shared, line.offset, line.ino),
+            (5, false, 0x1000, 173_521)
+        );
+        assert_eq!(line.path, b"/usr/bin/a b (deleted)");
+        assert!(parse_line(b"Size:                  4 kB").is_none());
+        assert_eq!(file_id(b"/memfd:mosrun-17 (deleted)"), Some(17));
+        assert_eq!(file_id(b"/memfd:other"), None);
+    }
+}

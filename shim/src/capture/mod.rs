@@ -1,0 +1,431 @@
+//! Describing a stopped process: its areas, its mm fields, its threads.
+
+mod maps;
+mod pages;
+
+use std::io;
+use std::ops::Range;
+
+use linklayer::image::{
+    AltStack, Area, AreaFlags, AreaKind, Clocks, Limit, MmFields, PAGE, ProcessImage, Rewound, SIGNALS,
+    SigAction, ThreadImage,
+};
+
+use crate::memory::ProcessMemory;
+use crate::ptrace::{PendingQueue, PtraceError, Stopped};
+use crate::remote_call::{BatchCall, RemoteCallError, RemoteCalls};
+use crate::restore::{SCRATCH, TRAMPOLINE};
+use crate::vessel::stub;
+
+pub use maps::{MapLine, file_id, map_lines, reserved};
+pub use pages::page_runs;
+
+/// Why a process could not be described. It is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// A call in it failed.
+    #[error(transparent)]
+    Call(#[from] RemoteCallError),
+    /// ptrace failed.
+    #[error(transparent)]
+    Ptrace(#[from] PtraceError),
+    /// /proc could not be read.
+    #[error("/proc: {0}")]
+    Proc(#[from] io::Error),
+    /// It cannot be moved as it is.
+    #[error("{0}")]
+    Unsuitable(String),
+}
+
+impl CaptureError {
+    /// Whether the process is dead.
+    pub fn is_gone(&self) -> bool {
+        match self {
+            CaptureError::Call(error) => error.is_gone(),
+            CaptureError::Ptrace(error) => error.is_gone(),
+            _ => false,
+        }
+    }
+}
+
+/// An area that maps a file, as `describe` asks for its name.
+#[derive(Debug)]
+pub struct FileArea<'a> {
+    /// First address.
+    pub start: u64,
+    /// End address.
+    pub end: u64,
+    /// Device of the file.
+    pub dev: u64,
+    /// Inode of the file.
+    pub ino: u64,
+    /// Path, without the " (deleted)" mark.
+    pub path: &'a [u8],
+}
+
+fn area(
+    line: &MapLine,
+    name: &mut dyn FnMut(&FileArea<'_>) -> Result<u64, String>,
+) -> Result<Area, CaptureError> {
+    let kind = match line.path.as_slice() {
+        b"[vdso]" => AreaKind::Vdso,
+        b"[vvar]" => AreaKind::Vvar,
+        b"[vvar_vclock]" => AreaKind::VvarVclock,
+        path if line.ino != 0 => {
+            let bare = path.strip_suffix(maps::DELETED).unwrap_or(path);
+            if let Some(file_id) = file_id(path) {
+                AreaKind::File {
+                    file_id,
+                    offset: line.offset,
+                }
+            } else if line.shared && bare == b"/dev/zero" || path.starts_with(b"/SYSV") {
+                let sysv = path.starts_with(b"/SYSV");
+                AreaKind::SharedAnon {
+                    id: line.ino,
+                    offset: line.offset,
+                    sysv,
+                }
+            } else {
+                let file = FileArea {
+                    start: line.range.start,
+                    end: line.range.end,
+                    dev: line.dev,
+                    ino: line.ino,
+                    path: bare,
+                };
+                AreaKind::File {
+                    file_id: name(&file).map_err(CaptureError::Unsuitable)?,
+                    offset: line.offset,
+                }
+            }
+        }
+        _ => AreaKind::Anon,
+    };
+    let mut flags = if line.shared { AreaFlags::SHARED } else { 0 };
+    for (mark, flag) in [
+        (b"gd", AreaFlags::GROWSDOWN),
+        (b"nr", AreaFlags::NORESERVE),
+        (b"lo", AreaFlags::LOCKED),
+        (b"dc", AreaFlags::DONTFORK),
+        (b"wf", AreaFlags::WIPEONFORK),
+        (b"dd", AreaFlags::DONTDUMP),
+        (b"hg", AreaFlags::HUGEPAGE),
+        (b"nh", AreaFlags::NOHUGEPAGE),
+        (b"mg", AreaFlags::MERGEABLE),
+    ] {
+        let special = matches!(kind, AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock);
+        if line.flags.contains(mark) && !special {
+            flags |= flag;
+        }
+    }
+    for (marks, what) in [
+        (&[b"ht"][..], "huge pages of hugetlbfs"),
+        (&[b"um", b"uw", b"ui"], "userfaultfd"),
+        (&[b"ss"], "a shadow stack"),
+        (&[b"gu"], "guard regions"),
+    ] {
+        if marks.iter().any(|mark| line.flags.contains(mark)) {
+            return Err(CaptureError::Unsuitable(format!("it uses {what}")));
+        }
+    }
+    let kernel = matches!(kind, AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock);
+    if !kernel && (line.flags.contains(b"io") || line.flags.contains(b"pf")) {
+        return Err(CaptureError::Unsuitable("it maps a device".into()));
+    }
+    Ok(Area {
+        start: line.range.start,
+        end: line.range.end,
+        prot: line.prot,
+        flags: AreaFlags(flags),
+        kind,
+    })
+}
+
+/// A `syscall` instruction in a process's vDSO.
+///
+/// # Errors
+/// The process is gone, or has no vDSO.
+pub fn vdso_site(pid: i32) -> Result<u64, CaptureError> {
+    let lines = map_lines(pid, false)?;
+    let vdso = lines
+        .iter()
+        .find(|l| l.path == b"[vdso]")
+        .ok_or_else(|| CaptureError::Unsuitable("it has no vDSO".into()))?;
+    let mut code = vec![0; (vdso.range.end - vdso.range.start) as usize];
+    ProcessMemory::new(pid).read_forced(vdso.range.start, &mut code)?;
+    code.windows(2)
+        .position(|w| w == [0x0f, 0x05])
+        .map(|at| vdso.range.start + at as u64)
+        .ok_or_else(|| CaptureError::Unsuitable("its vDSO has no system call instruction".into()))
+}
+
+/// Describes a process all of whose threads are in event stops (`threads`, the leader first). `key` lets calls pass its filter (0: it
+/// has none). `name` numbers the files that it maps. Calls are injected for what only the process itself can ask; it is as
+/// before afterwards, also after an error.
+///
+/// # Errors
+/// See [`CaptureError`].
+pub fn describe(
+    pid: i32,
+    threads: &mut [Stopped],
+    key: u64,
+    mut name: impl FnMut(&FileArea<'_>) -> Result<u64, String>,
+) -> Result<ProcessImage, CaptureError> {
+    let mut areas = Vec::new();
+    for line in map_lines(pid, true)? {
+        if line.path == b"[vsyscall]" || reserved(&line.range) {
+            continue;
+        }
+        areas.push(area(&line, &mut name)?);
+    }
+    let site = vdso_site(pid)?;
+    let mut asked = Asked::default();
+    let mut images = Vec::new();
+    let count = threads.len();
+    for (index, token) in threads.iter_mut().enumerate() {
+        // On an error the thread is where it was: stopped.
+        let own = Stopped::assume(token.tid(), token.stop());
+        let mut image = before_calls(pid, &own)?;
+        let mut calls = RemoteCalls::begin(own, site)?;
+        let mut done = ask(&mut calls, key, index == 0, &mut asked, &mut image);
+        if (done.is_err() || index + 1 == count) && !matches!(&done, Err(e) if e.is_gone()) {
+            calls.move_to(site);
+            let removed = calls.call("munmap", libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0]);
+            done = done.and(removed.map(|_| ()).map_err(CaptureError::from));
+        }
+        *token = calls.end()?;
+        done?;
+        images.push(image);
+    }
+    let mut image = ProcessImage {
+        pid,
+        areas,
+        mm: mm_fields(pid)?,
+        auxv: std::fs::read(format!("/proc/{pid}/auxv"))?,
+        threads: images,
+        actions: asked.actions,
+        pending: threads
+            .first()
+            .map_or(Ok(Vec::new()), |t| t.pending(PendingQueue::Process))?,
+        rlimits: limits(pid)?,
+        personality: personality(pid)?,
+        dumpable: 1,
+        clocks: clocks(),
+    };
+    image.mm.brk = asked.brk;
+    Ok(image)
+}
+
+/// What the leader was asked.
+#[derive(Default)]
+struct Asked {
+    brk: u64,
+    actions: Vec<SigAction>,
+}
+
+/// What ptrace and /proc tell of a thread.
+fn before_calls(pid: i32, token: &Stopped) -> Result<ThreadImage, CaptureError> {
+    let tid = token.tid();
+    let mut regs = token.regs()?;
+    // Segment 0x33 is 64-bit user code (arch/x86/include/asm/segment.h, __USER_CS).
+    if regs.cs != 0x33 {
+        return Err(CaptureError::Unsuitable("it runs 32-bit code".into()));
+    }
+    let mut rewound = None;
+    let code = regs.rax as i64;
+    if regs.orig_rax as i64 >= 0 && [-512, -513, -514, -516].contains(&code) {
+        rewound = Some(Rewound {
+            nr: regs.orig_rax as u32,
+            code: code as i32,
+        });
+        regs.rax = regs.orig_rax;
+        regs.rip -= 2;
+    }
+    regs.orig_rax = u64::MAX;
+    let comm = std::fs::read(format!("/proc/{pid}/task/{tid}/comm"))?;
+    Ok(ThreadImage {
+        tid,
+        comm: comm.strip_suffix(b"\n").unwrap_or(&comm).to_vec(),
+        regs,
+        xstate: token.xstate()?,
+        sigmask: token.sigmask()?,
+        altstack: AltStack::default(),
+        robust_list: robust_list(tid),
+        clear_child_tid: 0,
+        rseq: token.rseq()?,
+        pending: token.pending(PendingQueue::Thread)?,
+        rewound,
+    })
+}
+
+/// Asks a thread what only it can say; the first one also what concerns the whole process, after the place for the calls was made.
+fn ask(
+    calls: &mut RemoteCalls,
+    key: u64,
+    first: bool,
+    asked: &mut Asked,
+    image: &mut ThreadImage,
+) -> Result<(), CaptureError> {
+    let memory = ProcessMemory::new(calls.tid());
+    calls.show(key);
+    if first {
+        build_site(calls, &memory)?;
+        asked.brk = calls.call("brk", libc::SYS_brk, [0; 6])?;
+        asked.actions = actions(calls, &memory)?;
+    }
+    calls.move_to(TRAMPOLINE);
+    let tid_address = libc::PR_GET_TID_ADDRESS as u64;
+    let results = calls.batch(&[
+        BatchCall {
+            what: "sigaltstack",
+            nr: libc::SYS_sigaltstack,
+            args: [0, SCRATCH, 0, 0, 0, 0],
+        },
+        BatchCall {
+            what: "prctl",
+            nr: libc::SYS_prctl,
+            args: [tid_address, SCRATCH + 24, 0, 0, 0, 0],
+        },
+    ])?;
+    let words = words_at(&memory, 4)?;
+    image.altstack = AltStack {
+        sp: words[0],
+        flags: words[1] as u32 & !(libc::SS_ONSTACK as u32),
+        size: words[2],
+    };
+    image.clear_child_tid = match results[..] {
+        [0, 0] => words[3],
+        // A kernel without CONFIG_CHECKPOINT_RESTORE does not tell.
+        [0, _] => {
+            return Err(CaptureError::Unsuitable(
+                "the kernel hides its clear-child-tid addresses".into(),
+            ));
+        }
+        _ => return Err(CaptureError::Unsuitable("its signal stack cannot be read".into())),
+    };
+    Ok(())
+}
+
+/// Maps the stub and the scratch page where no program has anything.
+pub(crate) fn build_site(calls: &mut RemoteCalls, memory: &ProcessMemory) -> Result<(), RemoteCallError> {
+    let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED) as u64;
+    let rx = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+    let rw = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    let tid = calls.tid();
+    calls.call("mmap", libc::SYS_mmap, [TRAMPOLINE, PAGE, rx, flags, u64::MAX, 0])?;
+    memory
+        .write_forced(TRAMPOLINE, stub::code())
+        .map_err(|source| RemoteCallError::Memory { tid, source })?;
+    calls.move_to(TRAMPOLINE);
+    calls.call("mmap", libc::SYS_mmap, [SCRATCH, PAGE, rw, flags, u64::MAX, 0])?;
+    Ok(())
+}
+
+fn words_at(memory: &ProcessMemory, count: usize) -> io::Result<Vec<u64>> {
+    let mut bytes = vec![0; count * 8];
+    memory.read_forced(SCRATCH, &mut bytes)?;
+    let word = |b: &[u8]| b.try_into().map_or(0, u64::from_ne_bytes);
+    Ok(bytes.chunks_exact(8).map(word).collect())
+}
+
+/// The dispositions of a process in which a site was built: /proc tells which signals are ignored, the process itself is
+/// asked about those that it handles.
+pub(crate) fn actions(
+    calls: &mut RemoteCalls,
+    memory: &ProcessMemory,
+) -> Result<Vec<SigAction>, CaptureError> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", calls.tid()))?;
+    let set = |name: &str| {
+        let line = status.lines().find_map(|l| l.strip_prefix(name));
+        line.and_then(|l| u64::from_str_radix(l.trim(), 16).ok())
+            .unwrap_or(0)
+    };
+    let (ignored, caught) = (set("SigIgn:"), set("SigCgt:"));
+    let mut actions: Vec<SigAction> = (0..SIGNALS)
+        .map(|i| SigAction {
+            handler: ignored >> i & 1,
+            ..SigAction::default()
+        })
+        .collect();
+    for (i, action) in actions
+        .iter_mut()
+        .enumerate()
+        .filter(|(i, _)| caught >> i & 1 == 1)
+    {
+        let args = [i as u64 + 1, 0, SCRATCH, 8, 0, 0];
+        calls.call("rt_sigaction", libc::SYS_rt_sigaction, args)?;
+        // The kernel's struct sigaction: handler, flags, restorer, mask.
+        let words = words_at(memory, 4)?;
+        *action = SigAction {
+            handler: words[0],
+            flags: words[1],
+            restorer: words[2],
+            mask: words[3],
+        };
+    }
+    Ok(actions)
+}
+
+/// get_robust_list(2) of another thread; needs ptrace permission.
+fn robust_list(tid: i32) -> (u64, u64) {
+    let (mut head, mut len) = (0u64, 0u64);
+    // SAFETY: the kernel writes one pointer and one size to the two places.
+    let ret = unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut len) };
+    if ret < 0 { (0, 0) } else { (head, len) }
+}
+
+/// Fields 26-28 and 45-51 of /proc/PID/stat (proc_pid_stat(5)).
+fn mm_fields(pid: i32) -> Result<MmFields, CaptureError> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<&str> = text[text.rfind(')').map_or(0, |p| p + 1)..]
+        .split_whitespace()
+        .collect();
+    let field = |n: usize| fields.get(n - 3).and_then(|f| f.parse().ok()).unwrap_or(0);
+    Ok(MmFields {
+        start_code: field(26),
+        end_code: field(27),
+        start_stack: field(28),
+        start_data: field(45),
+        end_data: field(46),
+        start_brk: field(47),
+        arg_start: field(48),
+        arg_end: field(49),
+        env_start: field(50),
+        env_end: field(51),
+        brk: 0,
+    })
+}
+
+/// The pages with the arguments and the environment of a process.
+///
+/// # Errors
+/// The process is gone.
+pub fn argument_pages(pid: i32) -> Result<Range<u64>, CaptureError> {
+    let mm = mm_fields(pid)?;
+    let start = mm.arg_start.min(mm.env_start) / PAGE * PAGE;
+    let end = mm.env_end.max(mm.arg_end).div_ceil(PAGE) * PAGE;
+    Ok(start..end.max(start))
+}
+
+fn limits(pid: i32) -> Result<Vec<Limit>, CaptureError> {
+    (0..16)
+        .map(|resource| {
+            let (soft, hard) = crate::process::limit(pid, resource)?;
+            Ok(Limit { resource, soft, hard })
+        })
+        .collect()
+}
+
+fn personality(pid: i32) -> Result<u32, CaptureError> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/personality"))?;
+    Ok(u32::from_str_radix(text.trim(), 16).unwrap_or(0))
+}
+
+fn clocks() -> Clocks {
+    let read =
+        |clock| nix::time::clock_gettime(clock).map_or(0, |t| t.tv_sec() * 1_000_000_000 + t.tv_nsec());
+    Clocks {
+        monotonic_ns: read(nix::time::ClockId::CLOCK_MONOTONIC),
+        boottime_ns: read(nix::time::ClockId::CLOCK_BOOTTIME),
+    }
+}
