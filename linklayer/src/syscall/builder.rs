@@ -2,7 +2,7 @@
 
 use super::Call;
 use super::gather::{Dest, GatherError, Gathered};
-use super::kind::{HomeReason, Kind};
+use super::kind::{HomeReason, Kind, When};
 use super::request::{CallRequest, Out, OutLen, OutWhen, Place, Reloc, SLOT_DATA_LEN, Target};
 use super::vector::Segment;
 use crate::memory::{GuestMemory, LOW_END, USER_END};
@@ -129,16 +129,23 @@ impl Builder<'_> {
     }
 
     /// Adds a destination of the newest out range.
-    pub fn dest(&mut self, addr: u64, len: u64, quiet: bool) {
+    pub fn dest(&mut self, addr: u64, len: u64) {
+        self.dest_when(addr, len, When::Success, false);
+    }
+
+    /// Adds a destination that is not always written, or that need not be there.
+    pub fn dest_when(&mut self, addr: u64, len: u64, when: When, quiet: bool) {
+        let out = (self.outs.len() - 1) as u32;
         self.dests.push(Dest {
-            out: (self.outs.len() - 1) as u32,
+            out,
             addr,
             len: len as u32,
+            when,
             quiet,
         });
     }
 
-    /// Changes eight bytes of the image.
+    /// Overwrites bytes of the image.
     pub fn patch(&mut self, at: u32, bytes: &[u8]) {
         self.image[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
     }

@@ -44,6 +44,7 @@ pub(super) struct Dest {
     pub out: u32,
     pub addr: u64,
     pub len: u32,
+    pub when: When,
     pub quiet: bool,
 }
 
@@ -89,10 +90,24 @@ impl Gathered {
             if bytes.len() > out.len as usize {
                 return Err(Malformed::Offset);
             }
+            let start = out.offset as usize;
+            let as_before = self
+                .request
+                .image
+                .get(start..start + bytes.len())
+                .is_some_and(|image| image == bytes);
             while let Some(dest) = dests.next_if(|dest| dest.out as usize == index) {
                 let (here, rest) = bytes.split_at(bytes.len().min(dest.len as usize));
                 bytes = rest;
-                if !here.is_empty() && mem.write(dest.addr, here).is_err() && !dest.quiet {
+                // Writing what the kernel has not written could fail where the call did not, or undo what another thread
+                // of the guest has done meanwhile.
+                let untouched = as_before
+                    && match dest.when {
+                        When::Changed => true,
+                        When::SuccessOrChanged => ret < 0,
+                        When::Success | When::Positive | When::Always => false,
+                    };
+                if !here.is_empty() && !untouched && mem.write(dest.addr, here).is_err() && !dest.quiet {
                     ret = -EFAULT;
                 }
             }
@@ -347,7 +362,7 @@ impl Builder<'_> {
             let when = match buf.when {
                 When::Success => OutWhen::Success,
                 When::Positive => OutWhen::Positive,
-                When::Always => OutWhen::Always,
+                When::Always | When::Changed | When::SuccessOrChanged => OutWhen::Always,
             };
             let actual = match (buf.actual, buf.size) {
                 (Actual::Ret { scale, plus }, _) => OutLen::Ret {
@@ -363,7 +378,7 @@ impl Builder<'_> {
                 (Actual::Whole, _) => OutLen::Whole,
             };
             self.out(at, len, when, actual);
-            self.dest(addr, len, buf.quiet);
+            self.dest_when(addr, len, buf.when, buf.quiet);
         }
         Ok(())
     }
@@ -452,7 +467,7 @@ impl Builder<'_> {
         };
         self.point(Place::Arg(index as u8), Some(conf));
         self.out(conf, 4, OutWhen::Success, OutLen::Whole);
-        self.dest(addr, 4, false);
+        self.dest(addr, 4);
         let len = self.mem.read_u32(addr).unwrap_or(0) as i32;
         let list = self.mem.read_u64(addr + 8).unwrap_or(0);
         if let Pointer::AsItIs = pointer(list) {
@@ -463,7 +478,7 @@ impl Builder<'_> {
         let Ok(at) = self.reserve(len, 8) else { return };
         self.point(Place::Image(conf + 8), Some(at));
         self.out(at, len, OutWhen::Success, OutLen::Word32 { at: conf });
-        self.dest(list, len, false);
+        self.dest(list, len);
     }
 }
 

@@ -345,8 +345,12 @@ pub enum When {
     Success,
     /// When the result is above zero.
     Positive,
-    /// Always, or it does not matter.
+    /// Whatever the result is.
     Always,
+    /// When it has other content than before, whatever the result is.
+    Changed,
+    /// When the call gave no error; after an error as `Changed`.
+    SuccessOrChanged,
 }
 
 /// How many bytes of a block have been written, as known after the call.
@@ -465,6 +469,28 @@ impl Kind {
         self.with(
             Buf {
                 when: When::Always,
+                ..Kind::PLAIN
+            },
+            0,
+        )
+    }
+
+    /// Written only if it is changed.
+    pub const fn changed(self) -> Kind {
+        self.with(
+            Buf {
+                when: When::Changed,
+                ..Kind::PLAIN
+            },
+            0,
+        )
+    }
+
+    /// Written on success, and after an error if it was changed.
+    pub const fn or_changed(self) -> Kind {
+        self.with(
+            Buf {
+                when: When::SuccessOrChanged,
                 ..Kind::PLAIN
             },
             0,

@@ -67,9 +67,9 @@ impl Builder<'_> {
         self.message_at(&header, at, dir, &bodies, OutWhen::Success, actual)?;
         if dir != Dir::In {
             self.out(at + NAMELEN_AT, 4, OutWhen::Success, OutLen::Whole);
-            self.dest(addr + u64::from(NAMELEN_AT), 4, false);
+            self.dest(addr + u64::from(NAMELEN_AT), 4);
             self.out(at + CONTROLLEN_AT, 12, OutWhen::Success, OutLen::Whole);
-            self.dest(addr + u64::from(CONTROLLEN_AT), 12, false);
+            self.dest(addr + u64::from(CONTROLLEN_AT), 12);
         }
         Ok(Some(at))
     }
@@ -171,7 +171,7 @@ impl Builder<'_> {
         let room = self.reserve(len, 8)?;
         self.point(Place::Image(at), Some(room));
         self.out(room, len, when, OutLen::Word32 { at: at + NAMELEN_AT });
-        self.dest(name, len, false);
+        self.dest(name, len);
         Ok(())
     }
 
@@ -217,7 +217,7 @@ impl Builder<'_> {
                 at: at + CONTROLLEN_AT,
             },
         );
-        self.dest(control, len, false);
+        self.dest(control, len);
         Ok(())
     }
 
@@ -293,13 +293,13 @@ impl Builder<'_> {
         )?;
         if dir == Dir::In {
             self.out(at + MSG_LEN_AT, 4, when, OutLen::Whole);
-            self.dest(addr + u64::from(MSG_LEN_AT), 4, false);
+            self.dest(addr + u64::from(MSG_LEN_AT), 4);
         } else {
             self.out(at + NAMELEN_AT, 4, when, OutLen::Whole);
-            self.dest(addr + u64::from(NAMELEN_AT), 4, false);
+            self.dest(addr + u64::from(NAMELEN_AT), 4);
             // Length of the control data, flags, padding as it was, length of the message.
             self.out(at + CONTROLLEN_AT, 20, when, OutLen::Whole);
-            self.dest(addr + u64::from(CONTROLLEN_AT), 20, false);
+            self.dest(addr + u64::from(CONTROLLEN_AT), 20);
         }
         Ok(true)
     }

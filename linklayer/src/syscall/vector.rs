@@ -101,7 +101,7 @@ impl Builder<'_> {
         let at = self.reserve(total, align)?;
         self.out(at, total, when, actual);
         for segment in filled() {
-            self.dest(segment.addr, segment.len, false);
+            self.dest(segment.addr, segment.len);
         }
         Ok(Some(at))
     }

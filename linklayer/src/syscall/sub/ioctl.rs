@@ -125,7 +125,7 @@ pub(super) const ROWS: &[SubRow] = sub_rows! {
     0x8907 SIOCGSTAMPNS_OLD(arg: STAMP) Forward;
     0x80108906 SIOCGSTAMP_NEW(arg: STAMP) Forward;
     0x80108907 SIOCGSTAMPNS_NEW(arg: STAMP) Forward;
-    0x894b SIOCOUTQNSD(arg: INT_OUT) Forward;
+    0x894b SIOCOUTQNSD(arg: inout(Fixed(4))) Forward;
     0x89e0 SIOCUNIXFILE() Forward;
     0x8910 SIOCGIFNAME(arg: IFREQ) Forward;
     0x8912 SIOCGIFCONF(arg: Kind::Ifconf) Forward;

@@ -26,7 +26,7 @@ const GET_ARGS: &[Argument] = &[
     // Written with ERANGE as well, to tell how much is needed.
     Argument {
         name: "optlen",
-        kind: inout(Fixed(4)).always(),
+        kind: inout(Fixed(4)).or_changed(),
     },
 ];
 

@@ -18,7 +18,7 @@ const IOV_OUT: Kind = Iovec {
 const DIRENTS: Kind = out(Clamp(2, 64 * 1024)).ret(1).early();
 const SET: Kind = inout(FdSet(0));
 const EVENTS: Kind = out(ClampCount(2, 12)).ret(12).early();
-const POLLFDS: Kind = inout(Count(1, 8)).always();
+const POLLFDS: Kind = inout(Count(1, 8)).or_changed();
 const POLL_NOTE: &str = "More than 28,672 descriptors at once: goes home.";
 
 define_rows! {
@@ -38,7 +38,7 @@ define_rows! {
     23 select(n: INT, readfds: SET, writefds: SET, exceptfds: SET, timeout: TIME_LEFT) Forward, blocking: Long;
     32 dup(fd: UINT) Forward;
     33 dup2(oldfd: UINT, newfd: UINT) Forward, blocking: May;
-    40 sendfile(out_fd: FD, in_fd: FD, offset: OFFSET, count: SIZE) Forward, blocking: May;
+    40 sendfile(out_fd: FD, in_fd: FD, offset: inout(Fixed(8)).always(), count: SIZE) Forward, blocking: May;
     72 fcntl(fd: FD, cmd: UINT, arg: Sub(SubTable::Fcntl)) Forward, blocking: May, note: "By command: see below.";
     73 flock(fd: FD, operation: UINT) Forward, blocking: Long, quick: &[has(1, 4), is(1, 8)];
     74 fsync(fd: FD) Forward, blocking: May;
@@ -67,7 +67,7 @@ define_rows! {
     257 openat(dirfd: FD, path: PATH, flags: FLAGS, mode: MODE) OPEN, blocking: May, note: "As open.";
     270 pselect6(n: INT, readfds: SET, writefds: SET, exceptfds: SET, timeout: TIME_LEFT, sigmask: Kind::TempMaskPair) MASKED, blocking: Long;
     271 ppoll(fds: POLLFDS, nfds: UINT, timeout: TIME_LEFT, sigmask: TempMask { size: 4 }, sigsetsize: SIZE) MASKED, blocking: Long, note: POLL_NOTE;
-    275 splice(fd_in: FD, off_in: OFFSET, fd_out: FD, off_out: OFFSET, len: SIZE, flags: FLAGS) Forward, blocking: May;
+    275 splice(fd_in: FD, off_in: inout(Fixed(8)), fd_out: FD, off_out: inout(Fixed(8)), len: SIZE, flags: FLAGS) Forward, blocking: May;
     276 tee(fd_in: FD, fd_out: FD, len: SIZE, flags: FLAGS) Forward, blocking: May;
     277 sync_file_range(fd: FD, offset: LONG, nbytes: LONG, flags: FLAGS) Forward, blocking: May;
     278 vmsplice(fd: FD, iov: ADDR, nr_segs: SIZE, flags: FLAGS) GoHome(HomeReason::ZeroCopy);
@@ -85,7 +85,7 @@ define_rows! {
     301 fanotify_mark(fd: FD, flags: UINT, mask: FLAGS, dirfd: FD, path: PATH) Forward, blocking: May;
     306 syncfs(fd: FD) Forward, blocking: Long;
     319 memfd_create(name: Str(256), flags: UINT) Forward, note: "The file is at home; mapping it is a matter of mmap.";
-    326 copy_file_range(fd_in: FD, off_in: OFFSET, fd_out: FD, off_out: OFFSET, len: SIZE, flags: UINT) Forward, blocking: May;
+    326 copy_file_range(fd_in: FD, off_in: inout(Fixed(8)).positive(), fd_out: FD, off_out: inout(Fixed(8)).positive(), len: SIZE, flags: UINT) Forward, blocking: May;
     327 preadv2(fd: FD, iov: IOV_OUT, iovcnt: SIZE, pos_l: SIZE, pos_h: SIZE, flags: FLAGS) Forward, blocking: May;
     328 pwritev2(fd: FD, iov: IOV_IN, iovcnt: SIZE, pos_l: SIZE, pos_h: SIZE, flags: FLAGS) Forward, blocking: May;
     333 io_pgetevents(ctx: ADDR, min_nr: LONG, nr: LONG, events: ADDR, timeout: ADDR, sig: ADDR) GoHome(HomeReason::Aio);

@@ -31,7 +31,7 @@ define_rows! {
     97 getrlimit(resource: UINT, rlim: out(Fixed(16))) Split(SplitKind::Rlimit);
     99 sysinfo(info: out(Fixed(112))) Forward, note: "Tells of home, as /proc/meminfo does.";
     102 getuid() Forward, cache: IDENTITY;
-    103 syslog(type: INT, buf: inout(Arg(2)), len: INT) Forward, blocking: May;
+    103 syslog(type: INT, buf: inout(Arg(2)).changed(), len: INT) Forward, blocking: May;
     104 getgid() Forward, cache: IDENTITY;
     105 setuid(uid: ID) Forward, clears: CREDS;
     106 setgid(gid: ID) Forward, clears: CREDS;
@@ -47,8 +47,8 @@ define_rows! {
     120 getresgid(rgid: out(Fixed(4)), egid: out(Fixed(4)), sgid: out(Fixed(4))) Forward, cache: IDENTITY;
     122 setfsuid(uid: ID) Forward;
     123 setfsgid(gid: ID) Forward;
-    125 capget(header: inout(Fixed(8)).always(), data: out(CapData(0))) Forward;
-    126 capset(header: inout(Fixed(8)).always(), data: inp(CapData(0))) Forward, clears: CREDS;
+    125 capget(header: inout(Fixed(8)).changed(), data: out(CapData(0))) Forward;
+    126 capset(header: inout(Fixed(8)).changed(), data: inp(CapData(0))) Forward, clears: CREDS;
     134 uselib(library: ADDR) GONE;
     135 personality(persona: UINT) GoHome(HomeReason::Personality), rules: PERSONALITY, clears: &[CacheClass::Machine],
         note: "Asking, and flags that take effect at exec: home. Flags that change how memory is mapped: goes home.";

@@ -153,8 +153,6 @@ pub(super) mod words {
     pub const TIME_LEFT: Kind = inout(Fixed(16)).always().quiet().timeout();
     /// Two words of a descriptor each, whose descriptors nobody would know if they could not be written.
     pub const FD_PAIR: Kind = out(Fixed(8)).early();
-    /// A file offset that is read and moved.
-    pub const OFFSET: Kind = inout(Fixed(8)).always();
     /// `struct rusage`.
     pub const RUSAGE_LEN: u32 = 144;
 }

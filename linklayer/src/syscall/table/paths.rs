@@ -15,7 +15,7 @@ const HANDLE: Kind = inout(Head {
     min: 8,
     max: 136,
 })
-.always();
+.or_changed();
 
 define_rows! {
     4 stat(path: PATH, statbuf: STAT) Forward, blocking: May;
@@ -71,7 +71,7 @@ define_rows! {
     268 fchmodat(dirfd: FD, path: PATH, mode: MODE) Forward, blocking: May;
     269 faccessat(dirfd: FD, path: PATH, mode: INT) Forward, blocking: May;
     280 utimensat(dirfd: FD, path: PATH, times: TIMES, flags: INT) Forward, blocking: May;
-    303 name_to_handle_at(dirfd: FD, path: PATH, handle: HANDLE, mount_id: out(Fixed(4)), flags: INT) Forward, blocking: May,
+    303 name_to_handle_at(dirfd: FD, path: PATH, handle: HANDLE, mount_id: inout(Fixed(4)).or_changed(), flags: INT) Forward, blocking: May,
         rules: &[Rule { when: &[has(4, 1)], then: GoHome(HomeReason::Opaque) }],
         note: "With AT_HANDLE_MNT_ID_UNIQUE: goes home.";
     304 open_by_handle_at(mount_fd: FD, handle: inp(Head { plus: 8, min: 8, max: 136 }), flags: FLAGS) Forward, blocking: May;

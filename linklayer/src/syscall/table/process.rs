@@ -48,7 +48,7 @@ define_rows! {
     204 sched_getaffinity(pid: PID, len: UINT, mask: out(Limit(1, 8192)).ret(1)) Split(SplitKind::Affinity), rules: SELF_LOCAL, note: AFFINITY_NOTE;
     218 set_tid_address(tidptr: ADDR) Local;
     231 exit_group(status: INT) Split(SplitKind::ExitGroup);
-    247 waitid(idtype: INT, id: PID, infop: inout(Fixed(28)).always(), options: INT, rusage: inout(Fixed(RUSAGE_LEN))) Forward,
+    247 waitid(idtype: INT, id: PID, infop: inout(Fixed(28)).always(), options: INT, rusage: inout(Fixed(RUSAGE_LEN)).changed()) Forward,
         blocking: Long, quick: &[has(3, 1)];
     251 ioprio_set(which: INT, who: INT, ioprio: INT) Forward;
     252 ioprio_get(which: INT, who: INT) Forward;
@@ -56,7 +56,7 @@ define_rows! {
     274 get_robust_list(pid: PID, head: ADDR, len: ADDR) HOME_ONLY, rules: SELF_LOCAL;
     309 getcpu(cpu: ADDR, node: ADDR, cache: ADDR) Local;
     312 kcmp(pid1: PID, pid2: PID, kind: INT, idx1: SIZE, idx2: SIZE) HOME_ONLY;
-    314 sched_setattr(pid: PID, attr: inout(Head { plus: 0, min: 48, max: 4096 }).always(), flags: UINT) Forward, note: SCHED_NOTE;
+    314 sched_setattr(pid: PID, attr: inout(Head { plus: 0, min: 48, max: 4096 }).changed(), flags: UINT) Forward, note: SCHED_NOTE;
     315 sched_getattr(pid: PID, attr: inout(Limit(2, 4096)), size: UINT, flags: UINT) Forward;
     322 execveat(dirfd: FD, path: PATH, argv: StrArray, envp: StrArray, flags: INT) EXEC, blocking: May, note: "As execve.";
     324 membarrier(cmd: INT, flags: UINT, cpu_id: INT) Local, note: "Registrations are read when the process moves, and made again.";
