@@ -107,7 +107,7 @@ async fn ask(
         .connect_with(config, addr, tls::SERVER_NAME)
         .map_err(|e| theirs(&e))?;
     let connection = connecting.await.map_err(|e| match e {
-        quinn::ConnectionError::TransportError(e) if e.reason.contains("UnknownIssuer") => {
+        quinn::ConnectionError::TransportError(e) if e.reason.contains("invalid peer certificate") => {
             theirs(&"it is of another cluster than the invitation")
         }
         other => theirs(&other),

@@ -55,7 +55,7 @@ pub async fn run(node: Arc<Node>, mut events: mpsc::Receiver<Event>) {
         if let Err(e) = result {
             tracing::debug!("membership: {e}");
         }
-        carry_out(&node, &foca, &mut out);
+        carry_out(&node, &foca, &mut out, leaving.is_some());
         if let Some(done) = leaving {
             let _ = done.send(());
             return;
@@ -63,7 +63,7 @@ pub async fn run(node: Arc<Node>, mut events: mpsc::Receiver<Event>) {
     }
 }
 
-fn carry_out(node: &Arc<Node>, foca: &Protocol, out: &mut AccumulatingRuntime<GossipId>) {
+fn carry_out(node: &Arc<Node>, foca: &Protocol, out: &mut AccumulatingRuntime<GossipId>, leaving: bool) {
     while let Some((to, packet)) = out.to_send() {
         match Datagram::Gossip(packet).encode() {
             Ok(bytes) => node.send_datagram(to.number, to.addr, bytes),
@@ -79,7 +79,10 @@ fn carry_out(node: &Arc<Node>, foca: &Protocol, out: &mut AccumulatingRuntime<Go
         });
     }
     while let Some(notification) = out.to_notify() {
-        note(node, &notification);
+        // our own goodbye is no news
+        if !leaving {
+            note(node, &notification);
+        }
     }
     let mut table = node.table.lock();
     let mut renewed = Vec::new();

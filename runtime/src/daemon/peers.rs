@@ -90,7 +90,8 @@ impl PeerError {
 
 fn connection_error(addr: SocketAddr, source: ConnectionError) -> PeerError {
     // alerts of TLS (RFC 8446 section 6.2) that are about certificates
-    const CERTIFICATE_ALERTS: [u8; 8] = [42, 43, 44, 45, 46, 48, 49, 116];
+    // (decrypt_error: two clusters of the same name have authorities of the same name, but not the same key)
+    const CERTIFICATE_ALERTS: [u8; 9] = [42, 43, 44, 45, 46, 48, 49, 51, 116];
     let code = match &source {
         ConnectionError::TransportError(e) => u64::from(e.code),
         ConnectionError::ConnectionClosed(close) => u64::from(close.error_code),
@@ -143,6 +144,16 @@ impl Peers {
 
     fn peer(&self, number: u32) -> Arc<Peer> {
         self.map.lock().entry(number).or_default().clone()
+    }
+
+    /// Takes up a connection that [`Node::dial`] made, unless there is one already.
+    pub fn adopt(&self, number: u32, connection: Connection) {
+        let peer = self.peer(number);
+        if peer.connection().is_none() {
+            *peer.current.lock() = Some(connection);
+        } else {
+            connection.close(0u32.into(), b"");
+        }
     }
 
     /// Drops the connection to a node, which has another life now or is down.
