@@ -26,7 +26,8 @@ pub enum How {
 }
 
 impl How {
-    fn prefix(self) -> Vec<OsString> {
+    /// The words that come before a command to run it so.
+    pub fn prefix(self) -> Vec<OsString> {
         match self {
             Self::Native => vec![],
             Self::Home => vec!["mosrun".into(), "-h".into(), "--".into()],

@@ -7,5 +7,6 @@
 pub mod build;
 pub mod compare;
 pub mod lab;
+pub mod running;
 pub mod skip;
 pub mod terminal;

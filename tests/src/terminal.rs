@@ -5,9 +5,13 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{Winsize, openpty};
 
 use crate::compare::End;
@@ -19,6 +23,8 @@ pub struct Terminal {
     master: File,
     path: PathBuf,
     output: Receiver<Vec<u8>>,
+    reading: JoinHandle<()>,
+    closing: Arc<AtomicBool>,
     /// Everything that was shown since the last match of [`expect`](Self::expect).
     shown: String,
     log: String,
@@ -64,12 +70,20 @@ impl Terminal {
         let master = File::from(pty.master);
         let mut reader = master.try_clone().expect("a duplicate");
         let (send, output) = channel();
-        std::thread::spawn(move || {
+        let closing = Arc::new(AtomicBool::new(false));
+        let asked = closing.clone();
+        let reading = std::thread::spawn(move || {
             let mut buffer = [0; 4096];
-            // EIO is how a terminal ends whose last process is gone.
-            while let Ok(n @ 1..) = reader.read(&mut buffer) {
-                if send.send(buffer[..n].to_vec()).is_err() {
-                    break;
+            while !asked.load(Ordering::Relaxed) {
+                // Looks up now and then, for a terminal is hung up only when nobody has it open.
+                let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+                if poll(&mut fds, PollTimeout::from(20u8)) == Ok(0) {
+                    continue;
+                }
+                // EIO is how a terminal ends whose last process is gone.
+                match reader.read(&mut buffer) {
+                    Ok(n @ 1..) if send.send(buffer[..n].to_vec()).is_ok() => {}
+                    _ => break,
                 }
             }
         });
@@ -78,6 +92,8 @@ impl Terminal {
             master,
             path,
             output,
+            reading,
+            closing,
             shown: String::new(),
             log: String::new(),
         }
@@ -143,10 +159,13 @@ impl Terminal {
         let Self {
             mut child,
             master,
-            output,
+            reading,
+            closing,
             ..
         } = self;
-        drop((master, output));
+        closing.store(true, Ordering::Relaxed);
+        reading.join().expect("the reader ends");
+        drop(master);
         child.wait().expect("the session's status").into()
     }
 

@@ -13,7 +13,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigSet, Signal, kill, raise};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{Pid, getpgid, getpgrp};
+use nix::unistd::{Pid, getpgid, getpgrp, getpid, getsid};
 
 use super::state::{Node, Record};
 use super::user::User;
@@ -243,11 +243,13 @@ fn watch(child: i32) -> io::Result<Ended> {
     set.thread_block()?;
     let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?;
     loop {
-        // Linux reports stops of a child to its tracer or parent whether or not it is in our process group.
         loop {
             match waitpid(child, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
                 Ok(WaitStatus::Exited(_, code)) => return Ok(Ended::Code(code)),
                 Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(Ended::Signal(signal as i32)),
+                // What SIGSTOP stopped, somebody will continue by its pid, and this process would not learn of it.
+                Ok(WaitStatus::Stopped(_, Signal::SIGSTOP)) => break,
+                // What its terminal stopped, the shell above us will continue, which has to see a stopped job.
                 Ok(WaitStatus::Stopped(..)) => {
                     raise(Signal::SIGSTOP)?;
                     wake(child);
@@ -260,8 +262,10 @@ fn watch(child: i32) -> io::Result<Ended> {
         let Some(info) = signals.read_signal()? else {
             continue;
         };
-        // What the terminal sent (SI_KERNEL) the command got as well, being in our process group.
-        let sent_by_someone = info.ssi_code <= 0;
+        // What the terminal sent (SI_KERNEL) the command got as well, being in our process group; only the end of the
+        // terminal is told to the leader of the session alone.
+        let leader = info.ssi_signo == Signal::SIGHUP as u32 && getsid(None) == Ok(getpid());
+        let sent_by_someone = info.ssi_code <= 0 || leader;
         match Signal::try_from(info.ssi_signo as i32) {
             Ok(Signal::SIGCHLD) | Err(_) => {}
             Ok(Signal::SIGCONT) => wake(child),
