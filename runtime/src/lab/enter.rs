@@ -88,7 +88,7 @@ impl Entry<'_> {
             }
             _ => std::env::set_current_dir("/").map_err(LabError::system("entering /"))?,
         }
-        self.environment(&mut line, own_files);
+        self.environment(&mut line, own_files)?;
         if let Some(user) = self.user
             && !self.machine_files
         {
@@ -97,7 +97,7 @@ impl Entry<'_> {
         Ok(line)
     }
 
-    fn environment(&self, line: &mut Command, own_files: bool) {
+    fn environment(&self, line: &mut Command, own_files: bool) -> Result<(), LabError> {
         let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
         if own_files {
             line.env("PATH", "/usr/bin")
@@ -109,12 +109,23 @@ impl Entry<'_> {
             with.push(path);
             line.env("PATH", with);
         }
-        line.env("MOSRUN_RUNDIR", &self.node.rundir);
+        line.envs(super::cluster::environment(self.node));
         if let Some(user) = self.user {
             line.env("HOME", &user.home)
                 .env("USER", &user.name)
                 .env("LOGNAME", &user.name);
         }
+        // A guest of the lab's owner finds the daemon where every user of a machine does, and has sockets of his own.
+        if let Some(user) = self.user
+            && self.lab.options.user.as_ref() != Some(user)
+            && !self.machine_files
+        {
+            let dir = self.node.rundir.join("users").join(user.uid.to_string());
+            super::root::make_private(&dir, user)?;
+            line.env_remove("MOSRUN_RUNDIR").env_remove("MOSRUN_CONFIG");
+            line.env("XDG_RUNTIME_DIR", dir);
+        }
+        Ok(())
     }
 
     /// Runs `command` in the node to its end. See [`enter`](Self::enter) for what becomes of this process.

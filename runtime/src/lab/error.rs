@@ -74,6 +74,9 @@ pub enum LabError {
         /// What it said.
         message: String,
     },
+    /// The daemons of the nodes did not become a cluster.
+    #[error("the cluster of the lab: {0}")]
+    Cluster(String),
     /// Something survived `down`.
     #[error("lab `{lab}` could not be ended completely: {what}")]
     Leftover {

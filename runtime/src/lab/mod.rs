@@ -6,6 +6,7 @@
 //! nearly empty root of its own, so that a program that touches the wrong machine's files fails at once.
 
 mod cgroup;
+mod cluster;
 mod enter;
 mod error;
 mod keeper;
@@ -138,6 +139,9 @@ struct Shape {
     /// Seed that decides which frames get lost
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Make nodes only: no cluster, no daemons
+    #[arg(long)]
+    bare: bool,
     /// Run the daemons and all commands as this plain user (name or number), without capabilities
     #[arg(long, value_name = "USER")]
     user: Option<String>,
@@ -196,7 +200,7 @@ impl Shape {
             rate_bits: self.rate,
             seed: self.seed,
             user: self.user.as_deref().map(User::find).transpose()?.flatten(),
-            daemons: false,
+            daemons: !self.bare,
         })
     }
 }

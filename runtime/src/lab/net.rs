@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -13,8 +14,8 @@ use super::LabError;
 pub const INTERFACE: &str = "eth0";
 
 /// Address of a node; every lab uses the same ones, for each has a network of its own.
-pub fn address(node: u32) -> String {
-    format!("10.77.0.{node}")
+pub fn address(node: u32) -> Ipv4Addr {
+    Ipv4Addr::new(10, 77, 0, node as u8)
 }
 
 /// The network namespace of a process, held open.

@@ -8,6 +8,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde::{Deserialize, Serialize};
 
 use super::LabError;
+use super::cluster::Placed;
 use super::user::User;
 
 /// The programs of this product, which every node has on its PATH.
@@ -32,6 +33,8 @@ pub struct Files {
     pub programs: PathBuf,
     /// Addresses and names of all nodes.
     pub hosts: Vec<(String, String)>,
+    /// What is put into the run directory.
+    pub placed: Vec<Placed>,
     /// Who owns the run directory, if not root.
     pub user: Option<User>,
 }
@@ -118,9 +121,18 @@ impl Files {
     fn own_rundir(&self, root: &Path) -> Result<(), LabError> {
         let rundir = under(root, &self.rundir);
         make_dir(&rundir)?;
+        for Placed { path, mode, text } in &self.placed {
+            let path = rundir.join(path);
+            make_dir(path.parent().unwrap_or(&rundir))?;
+            fs::write(&path, text).map_err(LabError::system(format!("writing {}", path.display())))?;
+            set_mode(&path, *mode)?;
+        }
+        let state = rundir.join("state");
+        if state.exists() {
+            set_mode(&state, 0o700)?;
+        }
         if let Some(user) = &self.user {
-            chown(&rundir, Some(user.uid), Some(user.gid))
-                .map_err(LabError::system("giving away the run directory"))?;
+            give_away(&rundir, user)?;
             set_mode(&rundir, 0o700)?;
         }
         Ok(())
@@ -234,6 +246,25 @@ fn bind(from: &Path, to: &Path, read_only: bool) -> Result<(), LabError> {
     if read_only {
         let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         mount(None::<&str>, to, None::<&str>, flags, None::<&str>).map_err(LabError::system(tried()))?;
+    }
+    Ok(())
+}
+
+/// Makes a directory that only the user can enter.
+pub fn make_private(dir: &Path, user: &User) -> Result<(), LabError> {
+    make_dir(dir)?;
+    give_away(dir, user)?;
+    set_mode(dir, 0o700)
+}
+
+/// Makes the user the owner of a directory and everything in it.
+fn give_away(top: &Path, user: &User) -> Result<(), LabError> {
+    let tried = || LabError::system(format!("giving away {}", top.display()));
+    chown(top, Some(user.uid), Some(user.gid)).map_err(tried())?;
+    if top.is_dir() {
+        for entry in fs::read_dir(top).map_err(tried())? {
+            give_away(&entry.map_err(tried())?.path(), user)?;
+        }
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use super::keeper::{Order, Plan, Started};
 use super::net::{self, Network};
 use super::root::{Files, PROGRAMS};
 use super::state::{self, Keeper, LabDir, Node, Options, Record};
-use super::{LabError, cgroup};
+use super::{LabError, cgroup, cluster};
 
 /// How long the processes of a killed node may take to be gone. They hold nothing that takes time, but for one that is
 /// stopped outside of the lab (a suspended `lab exec`).
@@ -120,8 +120,23 @@ impl Builder<'_> {
         let programs = programs()?;
         let scratch = self.dir.path().join("root");
         fs::create_dir_all(&scratch).map_err(LabError::system(format!("creating {}", scratch.display())))?;
+        let rundirs: Vec<_> = (1..=options.nodes)
+            .map(|number| {
+                if number == 1 {
+                    crate::rundir::path()
+                } else {
+                    PathBuf::from("/run/mosrun")
+                }
+            })
+            .collect();
+        let mut placed = if options.daemons {
+            let addresses: Vec<_> = (1..=options.nodes).map(net::address).collect();
+            cluster::make(self.dir, &addresses, &rundirs)?
+        } else {
+            vec![Vec::new(); options.nodes as usize]
+        };
         let hosts: Vec<_> = (1..=options.nodes)
-            .map(|n| (net::address(n), node_name(n)))
+            .map(|n| (net::address(n).to_string(), node_name(n)))
             .collect();
 
         let mut nodes = Vec::new();
@@ -130,20 +145,17 @@ impl Builder<'_> {
                 machine: number == 1,
                 hostname: node_name(number),
                 scratch: scratch.clone(),
-                rundir: if number == 1 {
-                    crate::rundir::path()
-                } else {
-                    PathBuf::from("/run/mosrun")
-                },
+                rundir: rundirs[number as usize - 1].clone(),
                 programs: programs.clone(),
                 hosts: hosts.clone(),
+                placed: std::mem::take(&mut placed[number as usize - 1]),
                 user: options.user.clone(),
             };
             let mut node = Started::new(&format!("node {number}"), self.log(&node_name(number))?)?;
             self.record.nodes.push(Node {
                 number,
                 name: node_name(number),
-                address: net::address(number),
+                address: net::address(number).to_string(),
                 keeper: node.keeper.clone(),
                 cgroup,
                 rundir: files.rundir.clone(),
@@ -160,8 +172,16 @@ impl Builder<'_> {
                 network.limit(bits)?;
             }
         }
+        if options.daemons {
+            for (node, keeper) in self.record.nodes.iter().zip(&mut nodes) {
+                keeper.order(&Order::Start(cluster::daemon(self.record, node)))?;
+            }
+        }
         self.record.complete = true;
         self.dir.write(self.record)?;
+        if options.daemons {
+            cluster::wait(self.record)?;
+        }
         for keeper in nodes.iter_mut().chain([&mut hub]) {
             keeper.order(&Order::Stay)?;
         }
