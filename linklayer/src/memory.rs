@@ -16,8 +16,16 @@ pub const LOW_END: u64 = 0x1_0000;
 
 /// An address that passes `access_ok()` and is never mapped in a vessel. It stands for a guest pointer that cannot be
 /// followed, so that the home kernel itself decides which error the call gives (EBADF comes before EFAULT, and so
-/// on). The vessel's layout keeps the 64 KiB from here unmapped, just below the stub page.
-pub const HOLE: u64 = 0x0fff_fffe_0000;
+/// on). It lies behind the arena in the addresses that no process's own memory may have ([`crate::image::RESERVED`]).
+pub const HOLE: u64 = 0x1000_ffff_0000;
+
+/// Bytes from [`HOLE`] that are never mapped.
+pub const HOLE_LEN: u64 = 0x1_0000;
+
+const _: () = assert!(
+    HOLE >= crate::image::RESERVED.start && HOLE + HOLE_LEN <= crate::image::RESERVED.end,
+    "the hole is reserved"
+);
 
 /// An access to guest memory that the guest itself could not have made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use linklayer::memory::HOLE;
 use linklayer::syscall::SLOT_DATA_LEN;
 use parking_lot::Mutex;
 
@@ -21,6 +22,10 @@ const SLOTS: usize = 4096;
 pub const ARENA_LEN: usize = SLOT_LEN * SLOTS;
 
 const _: () = assert!(DATA_AT + SLOT_DATA_LEN <= SLOT_LEN);
+const _: () = assert!(
+    ARENA_ADDRESS + ARENA_LEN as u64 <= HOLE,
+    "bad pointers of guests stay bad"
+);
 
 const IDLE: u32 = 0;
 const POSTED: u32 = 1;

@@ -6,6 +6,8 @@ const EXEC: Disposition = Split(SplitKind::Exec);
 const SCHED_NOTE: &str =
     "Seen at home, where it has effect on forwarded calls; the guest runs with the node's own priority.";
 const AFFINITY_NOTE: &str = "CPUs are those of the node where the guest is.";
+/// The file may be set-user-id.
+const EXECUTED: &[CacheClass] = &[CacheClass::Creds];
 const HOME_ONLY: Disposition = GoHome(HomeReason::OtherProcess);
 const SELF_LOCAL: &[Rule] = &[Rule {
     when: &[is(0, 0)],
@@ -18,7 +20,7 @@ define_rows! {
     56 clone(flags: FLAGS, stack: ADDR, parent_tid: ADDR, child_tid: ADDR, tls: ADDR) CLONE;
     57 fork() CLONE;
     58 vfork() CLONE;
-    59 execve(path: PATH, argv: StrArray, envp: StrArray) EXEC, blocking: May,
+    59 execve(path: PATH, argv: StrArray, envp: StrArray) EXEC, blocking: May, clears: EXECUTED,
         note: "More arguments than a message carries: goes home and runs there.";
     60 exit(status: INT) Split(SplitKind::ExitThread);
     61 wait4(pid: PID, wstatus: out(Fixed(4)).positive(), options: INT, rusage: out(Fixed(RUSAGE_LEN)).positive()) Forward,
@@ -58,7 +60,7 @@ define_rows! {
     312 kcmp(pid1: PID, pid2: PID, kind: INT, idx1: SIZE, idx2: SIZE) HOME_ONLY;
     314 sched_setattr(pid: PID, attr: inout(Head { plus: 0, min: 48, max: 4096 }).changed(), flags: UINT) Forward, note: SCHED_NOTE;
     315 sched_getattr(pid: PID, attr: inout(Limit(2, 4096)), size: UINT, flags: UINT) Forward;
-    322 execveat(dirfd: FD, path: PATH, argv: StrArray, envp: StrArray, flags: INT) EXEC, blocking: May, note: "As execve.";
+    322 execveat(dirfd: FD, path: PATH, argv: StrArray, envp: StrArray, flags: INT) EXEC, blocking: May, clears: EXECUTED, note: "As execve.";
     324 membarrier(cmd: INT, flags: UINT, cpu_id: INT) Local, note: "Registrations are read when the process moves, and made again.";
     334 rseq(rseq: ADDR, len: UINT, flags: INT, sig: UINT) Local;
     434 pidfd_open(pid: PID, flags: UINT) Forward;
