@@ -53,19 +53,28 @@ pub fn begin(shared: &Arc<Shared>, reply: ReplyTo, payload: Vec<u8>) {
     shared.count(worker.pid);
     *worker.current.lock() = Some(reply.header.seq);
     worker.slot.post(u64::from(nr), args);
+    let interrupt = reply.header.flags & wire::INTERRUPT_AT_ONCE != 0;
+    let seq = reply.header.seq;
     let patience = match blocking {
+        _ if interrupt => INLINE_WAIT,
         Blocking::Never => INLINE_WAIT,
         Blocking::May => BRIEF_WAIT,
         Blocking::Long => Duration::ZERO,
     };
     let pending = Pending {
+        shared: shared.clone(),
         worker,
         request: payload,
         reply,
     };
     match pending.worker.slot.wait(Some(patience)) {
         Some(ret) if !signals_by_itself(ret) => pending.finish(ret),
-        _ => WAITERS.with_pool(|p| p.hand(pending)),
+        _ => {
+            WAITERS.with_pool(|p| p.hand(pending));
+            if interrupt {
+                shared.post(Command::Interrupt(wire::Interrupt { tid, seq }));
+            }
+        }
     }
 }
 
@@ -83,6 +92,7 @@ fn signals_by_itself(ret: i64) -> bool {
 }
 
 struct Pending {
+    shared: Arc<Shared>,
     worker: Arc<Worker>,
     /// The encoded request, which says what to send back.
     request: Vec<u8>,
@@ -115,17 +125,58 @@ impl Pending {
     }
 
     /// The reply: the result and what the call wrote.
-    fn collect(&self, ret: i64) -> Vec<u8> {
+    fn collect(&self, mut ret: i64) -> Vec<u8> {
         let mut reply = Vec::new();
         let collected = CallView::parse(&self.request).and_then(|view| {
             let mut area = vec![0; view.space as usize];
             self.worker.slot.read(0, &mut area);
+            if view.nr == libc::SYS_getdents64 as u32 && ret > 0 {
+                ret = self.hide_catcher(&view, &mut area, ret);
+            }
             syscall::collect(&view, &area, ret, &mut reply)
         });
         if let Err(e) = collected {
             tracing::error!(tid = self.worker.tid, error = %e, "reply");
         }
         reply
+    }
+
+    /// Takes the catcher, a thread that the program does not have, out of a listing of its own threads. Gives the new
+    /// length of the listing.
+    fn hide_catcher(&self, view: &CallView<'_>, area: &mut [u8], len: i64) -> i64 {
+        let pid = self.worker.pid;
+        let Some(out) = view.outs().next() else { return len };
+        let listed = std::fs::read_link(format!("/proc/{pid}/fd/{}", view.args[0] as i32));
+        if listed
+            .ok()
+            .and_then(|p| p.to_str().map(|p| p == format!("/proc/{pid}/task")))
+            != Some(true)
+        {
+            return len;
+        }
+        let Some(catcher) = self.shared.catchers.read().get(&pid).map(ToString::to_string) else {
+            return len;
+        };
+        let start = out.offset as usize;
+        let Some(records) = area.get_mut(start..start + (len as usize).min(out.len as usize)) else {
+            return len;
+        };
+        // struct linux_dirent64: inode, offset, u16 length at 16, type, name at 19 (getdents(2)).
+        let (mut at, mut end) = (0, records.len());
+        while at + 19 < end {
+            let size = usize::from(u16::from_ne_bytes([records[at + 16], records[at + 17]]));
+            if size < 20 || at + size > end {
+                break;
+            }
+            let name = &records[at + 19..at + size];
+            if name.split(|b| *b == 0).next() == Some(catcher.as_bytes()) {
+                records.copy_within(at + size..end, at);
+                end -= size;
+            } else {
+                at += size;
+            }
+        }
+        end as i64
     }
 
     fn answer(&self, reply: &[u8]) {

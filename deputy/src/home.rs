@@ -202,6 +202,7 @@ impl Home {
         }
         self.shared.table.lock().remove(&pid);
         self.shared.homecoming.lock().remove(&pid);
+        self.shared.catchers.write().remove(&pid);
     }
 
     pub(crate) fn publish(&self, pid: i32) {

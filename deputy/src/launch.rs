@@ -38,6 +38,12 @@ impl Home {
         self.tasks.insert(pid, Task::new(pid, pid, Role::Native));
         if let Some((reply, request)) = executing {
             stopped.set_sigmask(request.sigmask)?;
+            // What was pending for the guest stays pending: it is blocked.
+            for signal in (1..=64).filter(|s| request.pending >> (s - 1) & 1 == 1) {
+                if let Err(e) = shim::signal::kill_thread(pid, pid, signal) {
+                    tracing::debug!(pid, signal, error = %e, "pending signal");
+                }
+            }
             reply.errno(0);
         }
         let Some(process) = self.processes.get_mut(&pid) else {

@@ -114,6 +114,8 @@ pub struct Shared {
     wake: Arc<EventFd>,
     /// Vessel threads by tid.
     pub workers: RwLock<HashMap<i32, Arc<Worker>>>,
+    /// The catchers of the vessels, by process.
+    pub catchers: RwLock<HashMap<i32, i32>>,
     /// Files that guests map.
     pub files: Files,
     /// Open contacts by node.
@@ -150,6 +152,7 @@ impl Shared {
             commands,
             wake,
             workers: RwLock::default(),
+            catchers: RwLock::default(),
             files: Files::default(),
             links: Mutex::default(),
             cluster,

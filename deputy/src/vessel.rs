@@ -55,6 +55,7 @@ impl Home {
         for (tid, slot) in parts.workers {
             self.add_worker(pid, tid, slot);
         }
+        self.shared.catchers.write().insert(pid, parts.catcher);
         self.tasks
             .insert(parts.catcher, Task::new(parts.catcher, pid, Role::Catcher));
         if let Some(process) = self.processes.get_mut(&pid) {
@@ -298,6 +299,7 @@ impl Home {
         born.how = "forked there";
         self.processes.insert(child, born);
         self.add_worker(child, child, slot);
+        self.shared.catchers.write().insert(child, catcher);
         self.tasks
             .insert(catcher, Task::new(catcher, child, Role::Catcher));
         self.publish(child);

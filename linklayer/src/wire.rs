@@ -15,6 +15,10 @@ use crate::image::ProcessImage;
 /// Version of everything in this module; the ends compare it in [`Hello`].
 pub const PROTOCOL_VERSION: u32 = 1;
 
+/// Flag of a [`Kind::Call`] frame (beside `frame::flags::REPLY`): a signal is pending for the call already, so that it
+/// is interrupted as soon as it would wait.
+pub const INTERRUPT_AT_ONCE: u16 = 2;
+
 /// Largest bincode body that is decoded, in bytes.
 pub const MAX_BODY_BYTES: usize = 4 << 20;
 

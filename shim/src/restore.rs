@@ -502,8 +502,15 @@ pub(crate) fn register(
 /// The limits that the guest's own kernel enforces on its memory.
 fn limits(pid: i32, image: &ProcessImage) -> Result<(), RestoreError> {
     for limit in &image.rlimits {
-        let of_memory = [libc::RLIMIT_STACK, libc::RLIMIT_AS, libc::RLIMIT_DATA].contains(&limit.resource);
-        if of_memory {
+        let enforced_here = [
+            libc::RLIMIT_STACK,
+            libc::RLIMIT_AS,
+            libc::RLIMIT_DATA,
+            libc::RLIMIT_CPU,
+            libc::RLIMIT_SIGPENDING,
+        ]
+        .contains(&limit.resource);
+        if enforced_here {
             crate::process::set_limit(pid, limit.resource, limit.soft, limit.hard).map_err(|e| {
                 RestoreError::Unsuitable(format!(
                     "this node cannot grant resource limit {}: {e}",

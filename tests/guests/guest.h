@@ -142,7 +142,9 @@ __attribute__((unused)) static char state_of(pid_t pid) {
         return '-';
     text[n] = 0;
     char *close_paren = strrchr(text, ')');
-    return close_paren ? close_paren[2] : '-';
+    /* A stopped process that is traced shows 't'; a job's processes always are (README, limits). */
+    char state = close_paren ? close_paren[2] : '-';
+    return state == 't' ? 'T' : state;
 }
 
 /* Waits until the process is in that state (a sleep that cannot be observed otherwise). */

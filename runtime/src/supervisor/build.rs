@@ -51,6 +51,7 @@ impl Tracer {
             };
             self.cage = Some(Cage::new(options).context("cage")?);
         }
+        self.await_end(pid)?;
         let cage = self.cage.as_ref().context("cage")?;
         let mut ids: Vec<u64> = files.keys().copied().collect();
         ids.sort_unstable();
@@ -95,6 +96,23 @@ impl Tracer {
         self.threads.insert(blank.outer_pid, Traced::new(thread));
         self.built.insert(pid, stopped);
         Pool::start(self.shared.clone(), listener);
+        Ok(())
+    }
+
+    /// An earlier guest of this pid, which executed another program, has to be gone first.
+    fn await_end(&mut self, pid: i32) -> anyhow::Result<()> {
+        let Some(old) = self.shared.guests.read().get(&pid).cloned() else {
+            return Ok(());
+        };
+        self.discard(pid)?;
+        drop(self.built.remove(&pid));
+        let until = Instant::now() + Duration::from_secs(2);
+        while self.shared.guests.read().contains_key(&pid) {
+            anyhow::ensure!(Instant::now() < until, "the former guest does not end");
+            let mut fds = [PollFd::new(old.exited.as_fd(), PollFlags::POLLIN)];
+            poll(&mut fds, 5u8)?;
+            self.reports()?;
+        }
         Ok(())
     }
 

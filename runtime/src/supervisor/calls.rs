@@ -209,20 +209,20 @@ impl Call<'_> {
             mask,
         });
         // A signal that was queued before home could be told to interrupt this call would wait for its end.
-        if self.thread.must_return(mask) {
-            let ret = if mask.is_some() {
-                -i64::from(libc::EINTR)
-            } else {
-                RESTARTNOINTR
-            };
-            return Ok((ret, Vec::new()));
+        let pending = self.thread.must_return(mask);
+        if pending && mask.is_none() {
+            return Ok((RESTARTNOINTR, Vec::new()));
         }
         if self.thread.guest.freezing.load(Ordering::Acquire) {
             return Ok((RESTARTNOINTR, Vec::new()));
         }
         self.thread.forwarded.fetch_add(1, Ordering::Relaxed);
         let tid = self.thread.tid;
-        let header = Header::new(Kind::Call as u16, tid, seq);
+        let mut header = Header::new(Kind::Call as u16, tid, seq);
+        if pending {
+            // A signal that only the temporary mask unblocks: natively a call that need not wait ends before it.
+            header.flags |= wire::INTERRUPT_AT_ONCE;
+        }
         let (_, mut reply) = link
             .call(tid as u32, header, &[&body])
             .map_err(|_| Outcome::Handled)?;

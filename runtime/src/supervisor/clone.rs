@@ -77,7 +77,8 @@ fn parse(regs: &Regs, memory: &dyn GuestMemory) -> Parsed {
                 flags: regs.rdi & 0xffff_ff00,
                 exit_signal: (regs.rdi & 0xff) as i32,
                 stack: regs.rsi,
-                parent_tid: regs.rdx,
+                // With CLONE_PIDFD legacy clone has one place for both.
+                parent_tid: if pidfd == 0 { regs.rdx } else { 0 },
                 child_tid: regs.r10,
                 pidfd,
                 tls: regs.r8,
@@ -259,6 +260,11 @@ impl Tracer {
         let (Some(reply), true) = (cloning.reply, cloning.waiting.is_some()) else {
             return Ok(());
         };
+        if self.cloning_now.is_some_and(|now| now != outer) {
+            self.clone_queue.push_back(outer);
+            return Ok(());
+        }
+        self.cloning_now = Some(outer);
         self.cage
             .as_ref()
             .context("cage")?
@@ -268,18 +274,12 @@ impl Tracer {
             flags |= libc::CLONE_PARENT as u64;
         }
         let r = &cloning.request;
-        // With CLONE_PIDFD legacy clone has no place for the parent's tid.
-        let parent_tid = if r.pidfd != 0 && r.pidfd == r.parent_tid {
-            0
-        } else {
-            r.parent_tid
-        };
         let regs = Regs {
             rax: -i64::from(libc::ENOSYS) as u64,
             orig_rax: libc::SYS_clone as u64,
             rdi: flags,
             rsi: r.stack,
-            rdx: parent_tid,
+            rdx: r.parent_tid,
             r10: r.child_tid,
             r8: r.tls,
             ..cloning.original
@@ -289,6 +289,21 @@ impl Tracer {
             stopped.syscall(0)?;
         }
         Ok(())
+    }
+
+    /// A thread is not in the kernel's clone any more: the next one may be.
+    pub(super) fn clone_left(&mut self, outer: i32) {
+        if self.cloning_now == Some(outer) {
+            self.cloning_now = None;
+            while let Some(next) = self.clone_queue.pop_front() {
+                if let Err(e) = self.clone_here(next) {
+                    tracing::debug!(error = format!("{e:#}"), "queued clone");
+                }
+                if self.cloning_now.is_some() {
+                    break;
+                }
+            }
+        }
     }
 
     /// A stop of a thread that is in the middle of a clone.
@@ -305,6 +320,9 @@ impl Tracer {
                 self.clone_child(outer)
             }
             Stop::Syscall => {
+                self.clone_left(outer);
+                let traced = self.threads.get_mut(&outer).context("thread that clones")?;
+                let cloning = traced.cloning.as_mut().context("clone")?;
                 let now = stopped.regs()?;
                 let original = cloning.original;
                 let ret = now.rax as i64;

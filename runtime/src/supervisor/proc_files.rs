@@ -144,6 +144,8 @@ fn home_maps(call: &Call, text: &str) -> String {
 
 /// /proc/PID/status: memory, threads and signal masks are the guest's, everything else is home's.
 fn merge_status(home: &str, here: &str) -> String {
+    // Who looks at its own status finds no tracer: natively there is none.
+    let untraced = "TracerPid:\t0";
     let ours = |name: &str| {
         name.starts_with("Vm")
             || name.starts_with("Rss")
@@ -165,7 +167,12 @@ fn merge_status(home: &str, here: &str) -> String {
             .then(|| here.lines().find(|l| l.split(':').next() == Some(name)))
             .flatten()
             .unwrap_or(line);
-        out.push_str(replaced);
+        out.push_str(match name {
+            "TracerPid" => untraced,
+            // Whoever reads this runs.
+            "State" => "State:\tR (running)",
+            _ => replaced,
+        });
         out.push('\n');
     }
     out
@@ -183,6 +190,9 @@ fn merge_stat(home: &str, here: &str) -> String {
     };
     let (head, mut fields) = parse(home);
     let (_, local) = parse(here);
+    if let Some(state) = fields.first_mut() {
+        "R".clone_into(state);
+    }
     for number in [10, 11, 12, 13, 14, 15, 16, 17, 20, 23, 24, 31, 32, 39] {
         // The first field behind the name is number 3.
         let at = number - 3;
@@ -224,7 +234,7 @@ mod tests {
             &format!("7 (a) b) {}", field("h")),
             &format!("99 (x) {}", field("g")),
         );
-        assert!(merged.starts_with("7 (a) b) h3 h4 h5"));
+        assert!(merged.starts_with("7 (a) b) R h4 h5"));
         assert!(merged.contains(" g23 g24 h25 "));
         assert!(merged.ends_with("h52\n"));
     }

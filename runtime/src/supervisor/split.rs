@@ -228,11 +228,18 @@ fn rlimit(call: &Call, row: &'static Row) -> Result<Outcome, Outcome> {
         _ => (0, 0, 0),
     };
     let outcome = call.forward(row);
-    let of_memory = [libc::RLIMIT_STACK, libc::RLIMIT_AS, libc::RLIMIT_DATA].contains(&resource);
+    let enforced_here = [
+        libc::RLIMIT_STACK,
+        libc::RLIMIT_AS,
+        libc::RLIMIT_DATA,
+        libc::RLIMIT_CPU,
+        libc::RLIMIT_SIGPENDING,
+    ]
+    .contains(&resource);
     let own = pid == 0 || pid == call.thread.guest.pid;
     if let Outcome::Value(0) = outcome {
         let mut bytes = [0; 16];
-        if own && of_memory && new != 0 && memory(call).read(new, &mut bytes).is_ok() {
+        if own && enforced_here && new != 0 && memory(call).read(new, &mut bytes).is_ok() {
             let (soft, hard) = bytes.split_at(8);
             let value = |b: &[u8]| b.try_into().map_or(u64::MAX, u64::from_ne_bytes);
             if let Err(e) =

@@ -101,6 +101,10 @@ pub struct Tracer {
     /// Stopped and built, waiting for home's word to run.
     pub(super) built: HashMap<i32, Stopped>,
     next_token: u64,
+    /// The thread whose clone is in the kernel: the number of the next process is one word for the whole cage.
+    pub(super) cloning_now: Option<i32>,
+    /// Threads whose clone comes next.
+    pub(super) clone_queue: std::collections::VecDeque<i32>,
 }
 
 impl Tracer {
@@ -129,6 +133,8 @@ impl Tracer {
             holds: HashMap::new(),
             built: HashMap::new(),
             next_token: 1,
+            cloning_now: None,
+            clone_queue: std::collections::VecDeque::new(),
         })
     }
 
@@ -171,7 +177,7 @@ impl Tracer {
         }
     }
 
-    fn reports(&mut self) -> anyhow::Result<()> {
+    pub(super) fn reports(&mut self) -> anyhow::Result<()> {
         while let Some((outer, status)) = ptrace::wait(Target::Mine, true)? {
             match status {
                 Status::Exited(code) => self.gone(outer, code << 8),
@@ -372,6 +378,14 @@ impl Tracer {
         {
             return Ok(());
         }
+        let pending = super::guest::SignalStatus::read(thread.outer)
+            .unwrap_or_default()
+            .pending_thread;
+        if sig < 32 && pending >> (sig - 1) & 1 == 1 {
+            // Standard signals do not queue.
+            self.interrupt_call(&thread, Some(sig));
+            return Ok(());
+        }
         if let Some(traced) = self.threads.get_mut(&thread.outer) {
             traced.fixes.push((token, info));
         }
@@ -480,7 +494,7 @@ impl Tracer {
         Ok(())
     }
 
-    fn discard(&mut self, pid: i32) -> anyhow::Result<()> {
+    pub(super) fn discard(&mut self, pid: i32) -> anyhow::Result<()> {
         let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
             return Ok(());
         };
@@ -495,6 +509,7 @@ impl Tracer {
         let Some(traced) = self.threads.remove(&outer) else {
             return;
         };
+        self.clone_left(outer);
         self.shared.threads.write().remove(&outer);
         let guest = traced.thread.guest.clone();
         self.vfork_ended(guest.pid);
