@@ -2,10 +2,11 @@
 # Installs what the tests need on Debian 12, as root, and may be run again at any time: what is there is left alone.
 #   tests/setup.sh            everything
 #   tests/setup.sh build      only what building needs
+#   tests/setup.sh --check [all|build]    installs nothing; fails when something is missing
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-building=(gcc g++ make pkg-config libseccomp-dev iproute2)
+building=(ca-certificates curl git gcc g++ make pkg-config libseccomp-dev iproute2)
 testing=(
     procps psmisc lsof strace util-linux coreutils findutils diffutils gawk sed tar xz-utils bzip2 gzip p7zip-full
     bash perl python3 openssl sqlite3 redis-server redis-tools nodejs golang-go default-jdk-headless tmux less vim-tiny
@@ -21,6 +22,7 @@ missing() {
             golang-go) command -v go >/dev/null && continue ;;
             default-jdk-headless) command -v javac >/dev/null && continue ;;
             python3) command -v python3 >/dev/null && continue ;;
+            curl) command -v cargo >/dev/null && continue ;;
         esac
         [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || echo "$package"
     done
@@ -43,10 +45,14 @@ install() {
     [ -z "$mine" ] || rm -f $policy
 }
 
+have_sources() {
+    [ -e target/sources/lua5.4/Makefile ]
+}
+
 # A real source package for the compiler tests. Fetched with lists of our own, so that the machine's are not changed.
 source_package() {
     local package=lua5.4 to=target/sources
-    [ -e "$to/$package/Makefile" ] && return 0
+    have_sources && return 0
     local apt=$PWD/$to/apt
     mkdir -p "$apt/lists/partial" "$to/$package"
     local mirror
@@ -61,6 +67,11 @@ source_package() {
     rm -rf "$apt"
 }
 
+if [ "${1:-}" = --check ]; then
+    [ "${2:-all}" = build ] || building+=("${testing[@]}")
+    [ -z "$(missing "${building[@]}")" ] && { [ "${2:-all}" = build ] || have_sources; }
+    exit
+fi
 install "${building[@]}"
 if [ "${1:-all}" = all ]; then
     install "${testing[@]}"
