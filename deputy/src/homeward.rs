@@ -103,10 +103,12 @@ impl Home {
             }
         }
         let running = away.vessel.resume(&coming.image)?;
-        // The catcher ends by itself; its exit is reported as that of any thread.
         for tid in tids {
-            let role = Role::Native;
-            self.tasks.insert(tid, Task::new(tid, pid, role));
+            let task = self.tasks.remove(&tid);
+            // The catcher has ended and was reaped: nothing more will be heard of it.
+            if task.is_some_and(|t| t.role == Role::Worker) {
+                self.tasks.insert(tid, Task::new(tid, pid, Role::Native));
+            }
         }
         for stopped in running {
             stopped.cont(0)?;

@@ -89,6 +89,8 @@ impl Tracer {
                     return Ok(());
                 };
                 guest.leaving.store(true, Ordering::Release);
+                // What is left of it dies thread by thread, and must not be taken for a guest that is to be captured.
+                self.holds.remove(&pid);
                 let outer = nix::unistd::Pid::from_raw(guest.outer);
                 nix::sys::signal::kill(outer, nix::sys::signal::Signal::SIGKILL)?;
                 Ok(())
