@@ -400,7 +400,7 @@ mod tests {
     #[test]
     fn nothing_is_a_configuration_and_so_is_the_template() {
         let defaults = Config {
-            file: Some("m.toml".into()),
+            file: Some(std::path::absolute("m.toml").unwrap()),
             ..Config::default()
         };
         assert_eq!(parse("").unwrap(), defaults);

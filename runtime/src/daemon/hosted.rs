@@ -114,11 +114,8 @@ mod tests {
         let top = tempfile::tempdir().unwrap();
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let hosted = Hosted::open(top.path());
-        let job = |pid| HostedJob {
-            job: JobId::new(2, 7),
-            uid: 1,
-            pid,
-        };
+        let id = JobId::new(2, 7);
+        let job = |pid| HostedJob { job: id, uid: 1, pid };
         hosted.add(job(child.id()));
         hosted.add(job(std::process::id()));
         hosted.add(job(u32::MAX));
