@@ -343,7 +343,7 @@ pub struct MoveFailed {
 }
 
 /// Resource use of one guest.
-#[derive(Clone, Copy, Debug, Encode, Decode)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct GuestUsage {
     /// Process.
     pub pid: i32,
@@ -356,7 +356,7 @@ pub struct GuestUsage {
 }
 
 /// Resource use of a job's guests, and the cache's counters.
-#[derive(Clone, Debug, Default, Encode, Decode)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
 pub struct Usage {
     /// Per guest.
     pub guests: Vec<GuestUsage>,

@@ -81,7 +81,7 @@ impl Log {
             Log::Stderr(f, l) | Log::File(f, l) => (f, l),
         };
         let subscriber = tracing_subscriber::fmt()
-            .with_max_level(level)
+            .with_env_filter(format!("{level},quinn_proto=error,quinn_udp=error,rustls=error"))
             .with_target(false)
             .with_ansi(false)
             .with_writer(std::sync::Mutex::new(file))

@@ -18,6 +18,7 @@ mod proc_files;
 mod shared;
 mod split;
 mod tracer;
+mod usage;
 
 pub use handshake::{
     SupervisorAnswer, SupervisorConfig, SupervisorLimits, SupervisorReady, answer_and_detach,
@@ -93,6 +94,7 @@ pub fn run(config: SupervisorConfig) -> anyhow::Result<()> {
     });
     link.send(0, Header::new(Kind::Hello as u16, 0, link.next_seq()), &[&hello])?;
 
+    usage::start(shared.clone())?;
     let mut tracer = tracer::Tracer::new(shared, receive, wake, config)?;
     let why = tracer.run()?;
     tracing::info!(why, "ends");
