@@ -167,7 +167,9 @@ fn stopped_and_continued(lab: &Lab, how: How) {
     assert_eq!(running.line(), "got one");
     sh(lab, &format!("kill -STOP {pid}"));
     wait_for("the stop", Duration::from_secs(10), || {
-        sh(lab, &format!("ps -o stat= -p {pid}")).starts_with('T')
+        sh(lab, &format!("ps -o stat= -p {pid}"))
+            .to_uppercase()
+            .starts_with('T')
     });
     running.write("two\n");
     std::thread::sleep(Duration::from_millis(100));

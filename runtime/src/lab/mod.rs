@@ -317,29 +317,38 @@ fn status(json: bool) -> Result<(), LabError> {
                 serde_json::json!({ "name": r.name, "up": r.alive(), "options": r.options, "nodes": nodes })
             })
             .collect();
-        println!("{}", serde_json::Value::from(list));
-        return Ok(());
+        return say(&format!("{}\n", serde_json::Value::from(list)));
     }
+    let mut text = String::new();
     for record in &all {
         let how = if record.alive() {
             "up"
         } else {
             "dead (`lab down` cleans up)"
         };
-        println!("{}: {how}", record.name);
+        text += &format!("{}: {how}\n", record.name);
         for node in &record.nodes {
             let life = if node.keeper.open().is_some() {
                 "alive"
             } else {
                 "dead"
             };
-            println!(
-                "  node {}  {}  {}  pid {}  {life}",
-                node.number, node.name, node.address, node.keeper.pid
-            );
+            let (number, name, address, pid) = (node.number, &node.name, &node.address, node.keeper.pid);
+            text += &format!("  node {number}  {name}  {address}  pid {pid}  {life}\n");
         }
     }
-    Ok(())
+    say(&text)
+}
+
+/// Writes to standard output, whose reader may have seen enough.
+fn say(text: &str) -> Result<(), LabError> {
+    use std::io::Write;
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(LabError::system("writing to standard output")(e))
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
