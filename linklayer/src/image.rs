@@ -23,6 +23,8 @@ pub const MAX_THREADS: usize = 32_768;
 pub const MAX_XSTATE: usize = 16 * 1024;
 /// Most bytes of the auxiliary vector.
 pub const MAX_AUXV: usize = 4096;
+/// Most bytes of a vDSO.
+pub const MAX_VDSO: usize = 64 * 1024;
 /// Most pending signals of one queue.
 pub const MAX_PENDING: usize = 4096;
 /// Number of signals of x86_64 Linux (1..=64).
@@ -458,6 +460,8 @@ pub struct ProcessImage {
     pub dumpable: u32,
     /// clock readings
     pub clocks: Clocks,
+    /// the bytes of the vDSO area, so that a node with another kernel can take its place; empty: not told
+    pub vdso: Vec<u8>,
 }
 
 impl ProcessImage {
@@ -469,6 +473,7 @@ impl ProcessImage {
         bound("actions", self.actions.len(), SIGNALS)?;
         bound("pending", self.pending.len(), MAX_PENDING)?;
         bound("rlimits", self.rlimits.len(), 32)?;
+        bound("vdso", self.vdso.len(), MAX_VDSO)?;
         let mut last_end = 0;
         for area in &self.areas {
             let (start, end) = (area.start, area.end);
@@ -561,6 +566,7 @@ mod tests {
             personality: 0,
             dumpable: 1,
             clocks: Clocks::default(),
+            vdso: Vec::new(),
         }
     }
 

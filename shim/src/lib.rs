@@ -17,6 +17,7 @@ pub mod remote_call;
 pub mod restore;
 pub mod signal;
 pub mod startup;
+pub mod vdso;
 pub mod vessel;
 
 #[cfg(test)]
@@ -33,5 +34,6 @@ fn test_image() -> linklayer::image::ProcessImage {
         personality: 0,
         dumpable: 1,
         clocks: Default::default(),
+        vdso: Vec::new(),
     }
 }

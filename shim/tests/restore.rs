@@ -154,3 +154,83 @@ fn a_process_with_threads_goes_on_elsewhere() {
     assert!(matches!(status, Status::Exited(42)), "{status:?}");
     assert!(cage.teardown(Duration::from_secs(2)));
 }
+
+const CLOCKS: &str = r#"
+    #define _GNU_SOURCE
+    #include <sched.h>
+    #include <signal.h>
+    #include <stdlib.h>
+    #include <sys/random.h>
+    #include <sys/syscall.h>
+    #include <sys/time.h>
+    #include <time.h>
+    #include <unistd.h>
+    static volatile sig_atomic_t stop;
+    static void on_signal(int signal) { stop = 1; }
+    static long long ns(struct timespec *t) { return t->tv_sec * 1000000000LL + t->tv_nsec; }
+    int main(void) {
+        struct timespec before, now, real, resolution;
+        struct timeval day;
+        unsigned cpu, node;
+        signal(SIGUSR1, on_signal);
+        clock_gettime(CLOCK_MONOTONIC, &before);
+        while (!stop) {
+            if (clock_gettime(CLOCK_MONOTONIC, &now) || ns(&now) < ns(&before)) return 1;
+            if (syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &before) || ns(&before) < ns(&now)) return 2;
+            if (ns(&before) - ns(&now) > 2000000000LL) return 3;
+            clock_gettime(CLOCK_REALTIME, &real);
+            gettimeofday(&day, 0);
+            if (labs(day.tv_sec - real.tv_sec) > 2 || labs(time(0) - real.tv_sec) > 2) return 4;
+            if (clock_getres(CLOCK_MONOTONIC, &resolution) || resolution.tv_nsec != 1) return 5;
+            if (getcpu(&cpu, &node) || cpu > 4096) return 6;
+            char random[16] = {0};
+            if (getrandom(random, sizeof random, 0) != sizeof random) return 7;
+        }
+        return 42;
+    }"#;
+
+#[test]
+fn another_kernels_vdso_leads_to_this_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "clocks", CLOCKS, &[]);
+    let (guest, stopped) = Guest::at_entry(&program, &[]);
+    let mut captured = capture(guest.pid, &mut [stopped]);
+    end(guest.pid);
+    // As if home's kernel were another: a byte that means nothing differs.
+    captured.image.vdso[15] ^= 1;
+    let cage = cage();
+    let built = build(&cage, &captured);
+    let outer = built.pid();
+    go(vec![built.finish().unwrap()]);
+    let maps = std::fs::read_to_string(format!("/proc/{outer}/maps")).unwrap();
+    assert!(
+        maps.contains("/memfd:mosrun-vdso") && maps.contains("[vdso]"),
+        "{maps}"
+    );
+    let mut steps = 0;
+    for _ in 0..200 {
+        std::thread::sleep(Duration::from_micros(500));
+        ptrace::interrupt(outer).unwrap();
+        let stopped = wait_stop(outer).unwrap();
+        let inside = |rip| linklayer::image::RESERVED.contains(&rip);
+        steps += u32::from(inside(stopped.regs().unwrap().rip));
+        let mut threads = [stopped];
+        let image = shim::capture::describe(outer, &mut threads, 1, |_| Ok(0)).unwrap();
+        assert!(!inside(image.threads[0].regs.rip));
+        let vdso = |i: &linklayer::image::ProcessImage| {
+            i.areas
+                .iter()
+                .find(|a| a.kind == linklayer::image::AreaKind::Vdso)
+                .cloned()
+        };
+        assert_eq!(vdso(&image), vdso(&captured.image));
+        assert!(image.areas.iter().all(|a| !inside(a.start)));
+        let [stopped] = threads;
+        stopped.cont(0).unwrap();
+    }
+    assert!(steps > 0, "never stopped in the vDSO");
+    kill(Pid::from_raw(outer), Signal::SIGUSR1).unwrap();
+    let status = run_to_end(outer);
+    assert!(matches!(status, Status::Exited(42)), "{status:?}");
+    assert!(cage.teardown(Duration::from_secs(2)));
+}

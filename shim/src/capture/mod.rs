@@ -7,8 +7,8 @@ use std::io;
 use std::ops::Range;
 
 use linklayer::image::{
-    AltStack, Area, AreaFlags, AreaKind, Clocks, Limit, MmFields, PAGE, ProcessImage, Rewound, SIGNALS,
-    SigAction, ThreadImage,
+    AltStack, Area, AreaFlags, AreaKind, Clocks, Limit, MmFields, PAGE, ProcessImage, RESERVED, Rewound,
+    SIGNALS, SigAction, ThreadImage,
 };
 
 use crate::memory::ProcessMemory;
@@ -71,6 +71,7 @@ fn area(
         b"[vdso]" => AreaKind::Vdso,
         b"[vvar]" => AreaKind::Vvar,
         b"[vvar_vclock]" => AreaKind::VvarVclock,
+        path if path.strip_suffix(maps::DELETED) == Some(FOREIGN_VDSO) => AreaKind::Vdso,
         path if line.ino != 0 => {
             let bare = path.strip_suffix(maps::DELETED).unwrap_or(path);
             if let Some(file_id) = file_id(path) {
@@ -141,11 +142,11 @@ fn area(
     })
 }
 
-/// A `syscall` instruction in a process's vDSO.
+/// Start and content of the vDSO that a process has from its kernel.
 ///
 /// # Errors
 /// The process is gone, or has no vDSO.
-pub fn vdso_site(pid: i32) -> Result<u64, CaptureError> {
+pub(crate) fn vdso_bytes(pid: i32) -> Result<(u64, Vec<u8>), CaptureError> {
     let lines = map_lines(pid, false)?;
     let vdso = lines
         .iter()
@@ -153,9 +154,21 @@ pub fn vdso_site(pid: i32) -> Result<u64, CaptureError> {
         .ok_or_else(|| CaptureError::Unsuitable("it has no vDSO".into()))?;
     let mut code = vec![0; (vdso.range.end - vdso.range.start) as usize];
     ProcessMemory::new(pid).read_forced(vdso.range.start, &mut code)?;
+    Ok((vdso.range.start, code))
+}
+
+/// How the file is named that stands in for the vDSO of another kernel.
+const FOREIGN_VDSO: &[u8] = b"/memfd:mosrun-vdso";
+
+/// A `syscall` instruction in a process's vDSO.
+///
+/// # Errors
+/// The process is gone, or has no vDSO.
+pub fn vdso_site(pid: i32) -> Result<u64, CaptureError> {
+    let (start, code) = vdso_bytes(pid)?;
     code.windows(2)
         .position(|w| w == [0x0f, 0x05])
-        .map(|at| vdso.range.start + at as u64)
+        .map(|at| start + at as u64)
         .ok_or_else(|| CaptureError::Unsuitable("its vDSO has no system call instruction".into()))
 }
 
@@ -183,6 +196,7 @@ pub fn describe(
     let mut images = Vec::new();
     let count = threads.len();
     for (index, token) in threads.iter_mut().enumerate() {
+        leave_reserved(token)?;
         // On an error the thread is where it was: stopped.
         let own = Stopped::assume(token.tid(), token.stop());
         let mut image = before_calls(pid, &own)?;
@@ -211,9 +225,48 @@ pub fn describe(
         personality: personality(pid)?,
         dumpable: 1,
         clocks: clocks(),
+        vdso: Vec::new(),
     };
+    if key == 0 {
+        // At home: it goes where another kernel may be.
+        image.vdso = vdso_bytes(pid)?.1;
+    }
     image.mm.brk = asked.brk;
     Ok(image)
+}
+
+/// Steps a thread out of the reserved addresses. It can only be there in the vDSO of this kernel that stands behind that of
+/// home's, where nothing but home's reaches it. No signal is delivered meanwhile.
+fn leave_reserved(token: &mut Stopped) -> Result<(), CaptureError> {
+    /// The longest function takes some hundred.
+    const MOST_STEPS: u32 = 100_000;
+    let inside = |regs: &linklayer::image::Regs| RESERVED.contains(&regs.rip);
+    let regs = token.regs()?;
+    if !inside(&regs) {
+        return Ok(());
+    }
+    let refused = || CaptureError::Unsuitable("a thread is in a call of the vDSO".into());
+    if regs.orig_rax as i64 >= 0 {
+        // Its call would be made again at an address that home has not.
+        return Err(refused());
+    }
+    let mask = token.sigmask()?;
+    let memory = ProcessMemory::new(token.tid());
+    token.set_sigmask(!(1 << (libc::SIGTRAP - 1)))?;
+    let mut left = false;
+    for _ in 0..MOST_STEPS {
+        let at = token.regs()?;
+        left = !inside(&at);
+        let mut code = [0; 2];
+        memory.read_forced(at.rip, &mut code)?;
+        if left || code == [0x0f, 0x05] {
+            break;
+        }
+        token.run_on(libc::PTRACE_SINGLESTEP, 0)?;
+    }
+    token.set_sigmask(mask)?;
+    token.settle()?;
+    if left { Ok(()) } else { Err(refused()) }
 }
 
 /// What the leader was asked.

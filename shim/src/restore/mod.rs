@@ -1,12 +1,14 @@
 //! Building a process out of an image: a blank process is emptied and filled by calls that it executes under ptrace.
 
+mod kernel;
+
 use std::io;
 
 use linklayer::image::{
     Area, AreaFlags, AreaKind, PAGE, ProcessImage, RESERVED, SigAction, SigInfo, ThreadImage,
 };
 
-use crate::capture::{build_site, map_lines};
+use crate::capture::build_site;
 use crate::memory::ProcessMemory;
 use crate::ptrace::{self, PtraceError, Stopped};
 use crate::remote_call::{BatchCall, RemoteCallError, RemoteCalls};
@@ -31,6 +33,9 @@ pub enum RestoreError {
     /// ptrace failed.
     #[error(transparent)]
     Ptrace(#[from] PtraceError),
+    /// It could not be looked at.
+    #[error(transparent)]
+    Capture(#[from] crate::capture::CaptureError),
     /// Its memory could not be accessed.
     #[error("memory of the new process: {0}")]
     Memory(#[from] io::Error),
@@ -220,7 +225,7 @@ pub fn rebuild(
     }
     let mut calls = RemoteCalls::begin(stopped, site)?;
     build_site(&mut calls, &memory)?;
-    empty(&mut calls, pid, image)?;
+    kernel::empty(&mut calls, &memory, image)?;
     let areas: Vec<BatchCall> = image
         .areas
         .iter()
@@ -249,59 +254,6 @@ pub fn rebuild(
 
 fn batched(what: &'static str, nr: i64, args: [u64; 6]) -> BatchCall {
     BatchCall { what, nr, args }
-}
-
-/// Unmaps everything but the site and puts the kernel's own areas where the image has them.
-fn empty(calls: &mut RemoteCalls, pid: i32, image: &ProcessImage) -> Result<(), RestoreError> {
-    let mut kernel = Vec::new();
-    let mut batch = Vec::new();
-    for line in map_lines(pid, false)? {
-        let range = line.range.clone();
-        match line.path.as_slice() {
-            b"[vdso]" => kernel.push((AreaKind::Vdso, range)),
-            b"[vvar]" => kernel.push((AreaKind::Vvar, range)),
-            b"[vvar_vclock]" => kernel.push((AreaKind::VvarVclock, range)),
-            b"[vsyscall]" => {}
-            _ if range.start >= TRAMPOLINE && range.end <= SCRATCH + PAGE => {}
-            _ => {
-                let args = [range.start, range.end - range.start, 0, 0, 0, 0];
-                batch.push(batched("munmap", libc::SYS_munmap, args));
-            }
-        }
-    }
-    // First aside, then to their places: a place may be where another still is.
-    let mut aside = SCRATCH + 16 * PAGE;
-    let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-    for (_, range) in &mut kernel {
-        let len = range.end - range.start;
-        let args = [range.start, len, len, flags, aside, 0];
-        batch.push(batched("mremap", libc::SYS_mremap, args));
-        *range = aside..aside + len;
-        aside += len;
-    }
-    for (kind, range) in kernel {
-        let len = range.end - range.start;
-        match image.areas.iter().find(|a| a.kind == kind) {
-            Some(area) if area.len() == len => {
-                let args = [range.start, len, len, flags, area.start, 0];
-                batch.push(batched("mremap", libc::SYS_mremap, args));
-            }
-            Some(_) => {
-                return Err(RestoreError::Unsuitable(format!(
-                    "this node's kernel has a {kind:?} of another size than home's"
-                )));
-            }
-            None => {
-                batch.push(batched(
-                    "munmap",
-                    libc::SYS_munmap,
-                    [range.start, len, 0, 0, 0, 0],
-                ));
-            }
-        }
-    }
-    calls.batch_all(&batch)?;
-    Ok(())
 }
 
 fn map(area: &Area, fd_of: &dyn Fn(u64) -> Option<i32>) -> Result<BatchCall, RestoreError> {
