@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use super::{ARENA_ADDRESS, ARENA_LEN, Slot, Vessel, VesselError};
 use crate::capture::{MapLine, map_lines, reserved, vdso_site};
 use crate::memory::ProcessMemory;
-use crate::ptrace::{self, Stop, Stopped, Target};
+use crate::ptrace::{self, Stop, Stopped};
 use crate::remote_call::RemoteCalls;
 use crate::restore::{TRAMPOLINE, register, requeue};
 
@@ -99,7 +99,7 @@ impl Vessel {
     }
 
     /// Gives every worker the state of its guest thread and takes the stub and the arena out of the process. The threads
-    /// are given back stopped; resumed, they are the process.
+    /// are given back stopped; resumed, they are the process. The catcher has ended, as [`ptrace::wait`] will report.
     ///
     /// # Errors
     /// A thread is gone: the process was killed.
@@ -288,13 +288,12 @@ fn stop(tid: i32, caught: &mut Vec<SigInfo>) -> Result<Stopped, VesselError> {
     }
 }
 
-/// Has the catcher end, and waits until it has. The signals that it took meanwhile nobody has seen yet.
+/// Has the catcher end, and waits until it has; its end is still to be reported by [`ptrace::wait`]. The signals that it took
+/// meanwhile nobody has seen yet.
 fn end_catcher(tid: i32, caught: &mut Vec<SigInfo>) -> Result<(), VesselError> {
     ptrace::interrupt(tid)?;
     loop {
         let Ok(mut stopped) = ptrace::wait_stop(tid) else {
-            // Its end was kept for whoever waits next: it is taken here.
-            ptrace::wait(Target::Thread(tid), false)?;
             return Ok(());
         };
         if let Stop::Signal(_) = stopped.stop() {
