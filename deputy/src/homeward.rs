@@ -114,6 +114,10 @@ impl Home {
             stopped.cont(0)?;
         }
         if let Some(process) = self.processes.get_mut(&pid) {
+            match &coming.reason {
+                linklayer::stay::StayReason::Asked => tracing::info!(pid, "came home: somebody asked"),
+                reason => tracing::warn!(pid, %reason, "came home"),
+            }
             process.stay = Some(coming.reason);
             process.how = "came home";
             for waiter in process.waiters.drain(..) {

@@ -172,6 +172,10 @@ pub struct Hello {
     pub version: u32,
     /// Number of the node the sender runs on.
     pub node: u32,
+    /// Of a deputy: calls that can only be executed at home fail with ENOSYS instead of taking the process home.
+    pub refuse_homeward: bool,
+    /// Of a deputy: guests see home's CPUs.
+    pub topology_of_home: bool,
 }
 
 /// An errno, 0 for success.

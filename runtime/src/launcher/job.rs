@@ -15,7 +15,7 @@ use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind};
 use parking_lot::Mutex;
 
-use crate::cli::mosrun::Args;
+use crate::cli::mosrun::{Args, Topology};
 use crate::cluster::state::{NodeState, NodeStatus};
 use crate::control::{Client, SupervisorRequest};
 use crate::job_id::JobId;
@@ -171,6 +171,8 @@ fn attach(args: &Args, program: i32) -> anyhow::Result<Option<Ready>> {
         job,
         home,
         key: OneTimeKey::generate()?,
+        refuse_homeward: args.error,
+        topology_of_home: args.topology == Topology::Home,
         state: Mutex::new(Known {
             nodes,
             at: Instant::now(),
@@ -233,6 +235,10 @@ struct Placer {
     job: JobId,
     home: u32,
     key: OneTimeKey,
+    /// -e.
+    refuse_homeward: bool,
+    /// --topology=home.
+    topology_of_home: bool,
     state: Mutex<Known>,
 }
 
@@ -254,7 +260,13 @@ impl Cluster for Placer {
         }
         let places = placement::place(&self.want, &known.nodes, rand::random()).ok()?;
         match places.first() {
-            Some(Place::Node(node)) => Some(*node),
+            Some(Place::Node(node)) => {
+                // Until the load vectors show it, the next program must know that this one is there.
+                if let Some(state) = known.nodes.iter_mut().find(|n| n.number == *node) {
+                    state.pending += 1;
+                }
+                Some(*node)
+            }
             _ => None,
         }
     }
@@ -273,6 +285,8 @@ impl Cluster for Placer {
             let hello = wire::encode(&wire::Hello {
                 version: wire::PROTOCOL_VERSION,
                 node: self.home,
+                refuse_homeward: self.refuse_homeward,
+                topology_of_home: self.topology_of_home,
             });
             link.send(0, Header::new(Kind::Hello as u16, 0, link.next_seq()), &[&hello])?;
             Ok(link)

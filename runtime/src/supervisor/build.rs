@@ -105,7 +105,7 @@ impl Tracer {
             return Ok(());
         };
         self.discard(pid)?;
-        drop(self.built.remove(&pid));
+        let _never_ran = self.built.remove(&pid);
         let until = Instant::now() + Duration::from_secs(2);
         while self.shared.guests.read().contains_key(&pid) {
             anyhow::ensure!(Instant::now() < until, "the former guest does not end");

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use linklayer::frame::Header;
 use linklayer::stay::StayReason;
@@ -50,7 +51,17 @@ pub fn handle(shared: &Arc<Shared>, thread: &Arc<Thread>, n: &Notification) {
         nr: n.nr as u32,
         args: n.args,
     };
-    let outcome = call.outcome();
+    let outcome = match call.outcome() {
+        Outcome::GoHome(why) if shared.refuse_homeward.load(Ordering::Acquire) => {
+            tracing::warn!(pid = thread.guest.pid, why, "refused with ENOSYS");
+            Outcome::Value(-i64::from(libc::ENOSYS))
+        }
+        Outcome::Stay(why) if shared.refuse_homeward.load(Ordering::Acquire) => {
+            tracing::warn!(pid = thread.guest.pid, %why, "refused with ENOSYS");
+            Outcome::Value(-i64::from(libc::ENOSYS))
+        }
+        outcome => outcome,
+    };
     let guest = &thread.guest;
     let sent: Result<(), NotifyError> = match outcome {
         Outcome::Value(ret) => call.respond(ret, None),
@@ -207,6 +218,8 @@ impl Call<'_> {
             notification: self.notification,
             seq,
             mask,
+            nr: self.nr,
+            started: Instant::now(),
         });
         // A signal that was queued before home could be told to interrupt this call would wait for its end.
         let pending = self.thread.must_return(mask);
@@ -226,7 +239,10 @@ impl Call<'_> {
         let (_, mut reply) = link
             .call(tid as u32, header, &[&body])
             .map_err(|_| Outcome::Handled)?;
-        *self.thread.call.lock() = InCall::Busy(self.notification);
+        let before = std::mem::replace(&mut *self.thread.call.lock(), InCall::Busy(self.notification));
+        if let InCall::Forwarded(f) = before {
+            *self.thread.sleep.lock() = Some((f.nr, f.started));
+        }
         let Some(ret) = reply.first_chunk::<8>().copied() else {
             return Err(Outcome::Handled);
         };

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use linklayer::frame::Header;
 use linklayer::quic::{Handler, Link, LinkError};
@@ -113,6 +114,12 @@ impl Contact {
                         wire::PROTOCOL_VERSION
                     ));
                 }
+                shared
+                    .topology_of_home
+                    .store(hello.topology_of_home, Ordering::Release);
+                shared
+                    .refuse_homeward
+                    .store(hello.refuse_homeward, Ordering::Release);
             }
             Kind::End => shared.post(Command::End("the job has ended".into())),
             other => return Err(format!("{other:?} is not for a supervisor")),

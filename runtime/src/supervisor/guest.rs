@@ -112,6 +112,10 @@ pub struct Forwarded {
     pub seq: u64,
     /// The mask that is in effect during the call (ppoll and the like), if it brings one.
     pub mask: Option<u64>,
+    /// Number of the call.
+    pub nr: u32,
+    /// When it began.
+    pub started: Instant,
 }
 
 /// A thread of a guest.

@@ -76,6 +76,9 @@ impl Tracer {
         let mut image = described?;
         image.pid = pid;
         for thread in &mut image.threads {
+            if let Some(own) = self.threads.get(&thread.tid) {
+                super::deadline::keep(&own.thread, thread);
+            }
             thread.tid = ids.get(&thread.tid).copied().unwrap_or(thread.tid);
         }
         Ok(image)

@@ -9,6 +9,7 @@ mod build;
 mod calls;
 mod clone;
 mod contact;
+mod deadline;
 pub mod files;
 mod guest;
 pub mod handshake;
@@ -91,6 +92,8 @@ pub fn run(config: SupervisorConfig) -> anyhow::Result<()> {
     let hello = wire::encode(&wire::Hello {
         version: wire::PROTOCOL_VERSION,
         node: config.node,
+        refuse_homeward: false,
+        topology_of_home: false,
     });
     link.send(0, Header::new(Kind::Hello as u16, 0, link.next_seq()), &[&hello])?;
 

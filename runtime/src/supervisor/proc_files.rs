@@ -39,7 +39,13 @@ pub(super) fn open(call: &Call, row: &'static Row) -> Result<Outcome, Outcome> {
     let Some(path) = path.strip_suffix(&[0]).and_then(|p| std::str::from_utf8(p).ok()) else {
         return Ok(call.forward(row));
     };
-    let Some(special) = special(path, call.thread.guest.pid, call.shared.topology_of_home) else {
+    let Some(special) = special(
+        path,
+        call.thread.guest.pid,
+        call.shared
+            .topology_of_home
+            .load(std::sync::atomic::Ordering::Acquire),
+    ) else {
         return Ok(call.forward(row));
     };
     if special == Special::Memory {

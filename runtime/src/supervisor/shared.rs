@@ -1,7 +1,7 @@
 //! What all threads of a supervisor share.
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, OnceLock};
 
 use crossbeam_channel::Sender;
@@ -84,7 +84,9 @@ pub struct Shared {
     /// The job's user at home.
     pub uid: u32,
     /// Show the guests home's CPUs instead of this node's.
-    pub topology_of_home: bool,
+    pub topology_of_home: AtomicBool,
+    /// Calls that only home can execute fail with ENOSYS.
+    pub refuse_homeward: AtomicBool,
 }
 
 impl Shared {
@@ -101,7 +103,8 @@ impl Shared {
             cache_hits: AtomicU64::new(0),
             cache_misses: AtomicU64::new(0),
             cache_invalidations: AtomicU64::new(0),
-            topology_of_home: false,
+            topology_of_home: AtomicBool::new(false),
+            refuse_homeward: AtomicBool::new(false),
         }
     }
 

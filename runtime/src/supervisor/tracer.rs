@@ -318,7 +318,8 @@ impl Tracer {
         let guest = traced.thread.guest.clone();
         let capturing = matches!(self.holds.get(&guest.pid), Some(Hold::Home(_)));
         *traced.thread.call.lock() = InCall::Idle;
-        let interrupted = mask.is_some() && ret == -i64::from(libc::EINTR);
+        // epoll_wait(2) and its kind end with EINTR where others restart; no handler has run, so the guest must not see it.
+        let interrupted = (mask.is_some() || capturing) && ret == -i64::from(libc::EINTR);
         if !is_restart(ret) && !interrupted {
             guest.listener.send_result(notification, ret)?;
             return Ok(());

@@ -37,7 +37,12 @@ fn measure(shared: &Shared) -> wire::Usage {
         .guests
         .read()
         .values()
-        .filter_map(|g| parse(g.pid, &std::fs::read_to_string(format!("/proc/{}/stat", g.outer)).ok()?))
+        .filter_map(|g| {
+            parse(
+                g.pid,
+                &std::fs::read_to_string(format!("/proc/{}/stat", g.outer)).ok()?,
+            )
+        })
         .collect();
     guests.sort_by_key(|g| g.pid);
     wire::Usage {
@@ -70,7 +75,12 @@ mod tests {
         let usage = parse(7, &format!("99 (a) b) S {numbers}"));
         assert_eq!(
             usage,
-            Some(GuestUsage { pid: 7, rss_bytes: 24 * 4096, utime_ms: 140, stime_ms: 150 })
+            Some(GuestUsage {
+                pid: 7,
+                rss_bytes: 24 * 4096,
+                utime_ms: 140,
+                stime_ms: 150
+            })
         );
         assert!(parse(7, "gone").is_none());
     }
