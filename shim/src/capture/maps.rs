@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 
-use linklayer::image::{Prot, RESERVED};
+use linklayer::image::{AreaFlags, Prot, RESERVED};
 
 /// One line of /proc/PID/maps with the flags of smaps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +24,31 @@ pub struct MapLine {
     pub path: Vec<u8>,
     /// VmFlags of smaps, when they were asked for.
     pub flags: Vec<[u8; 2]>,
+    /// Protection key (pkeys(7)), when the flags were asked for; 0 is everybody's.
+    pub protection_key: u32,
+}
+
+impl MapLine {
+    /// The flags that a process can set, as an image has them.
+    pub fn area_flags(&self) -> AreaFlags {
+        let mut flags = if self.shared { AreaFlags::SHARED } else { 0 };
+        for (mark, flag) in [
+            (b"gd", AreaFlags::GROWSDOWN),
+            (b"nr", AreaFlags::NORESERVE),
+            (b"lo", AreaFlags::LOCKED),
+            (b"dc", AreaFlags::DONTFORK),
+            (b"wf", AreaFlags::WIPEONFORK),
+            (b"dd", AreaFlags::DONTDUMP),
+            (b"hg", AreaFlags::HUGEPAGE),
+            (b"nh", AreaFlags::NOHUGEPAGE),
+            (b"mg", AreaFlags::MERGEABLE),
+        ] {
+            if self.flags.contains(mark) {
+                flags |= flag;
+            }
+        }
+        AreaFlags(flags)
+    }
 }
 
 /// Reads a process's areas; with the flags of smaps, which costs a walk of its page tables.
@@ -43,6 +68,11 @@ pub fn map_lines(pid: i32, with_flags: bool) -> io::Result<Vec<MapLine>> {
                     .split(|b| *b == b' ')
                     .filter_map(|f| <[u8; 2]>::try_from(f).ok())
                     .collect();
+            }
+        } else if let Some(key) = line.strip_prefix(b"ProtectionKey:") {
+            if let Some(last) = lines.last_mut() {
+                let key = std::str::from_utf8(key).unwrap_or_default().trim().parse();
+                last.protection_key = key.unwrap_or(0);
             }
         } else if let Some(parsed) = parse_line(line) {
             lines.push(parsed);
@@ -94,6 +124,7 @@ fn parse_line(line: &[u8]) -> Option<MapLine> {
         ino: ino.parse().ok()?,
         path,
         flags: Vec::new(),
+        protection_key: 0,
     })
 }
 

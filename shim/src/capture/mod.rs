@@ -7,8 +7,8 @@ use std::io;
 use std::ops::Range;
 
 use linklayer::image::{
-    AltStack, Area, AreaFlags, AreaKind, Clocks, Limit, MmFields, PAGE, ProcessImage, RESERVED, Rewound,
-    SIGNALS, SigAction, ThreadImage,
+    AltStack, Area, AreaFlags, AreaKind, Clocks, Limit, MmFields, PAGE, ProcessImage, Prot, RESERVED,
+    Rewound, SIGNALS, SigAction, ThreadImage,
 };
 
 use crate::memory::ProcessMemory;
@@ -102,23 +102,6 @@ fn area(
         }
         _ => AreaKind::Anon,
     };
-    let mut flags = if line.shared { AreaFlags::SHARED } else { 0 };
-    for (mark, flag) in [
-        (b"gd", AreaFlags::GROWSDOWN),
-        (b"nr", AreaFlags::NORESERVE),
-        (b"lo", AreaFlags::LOCKED),
-        (b"dc", AreaFlags::DONTFORK),
-        (b"wf", AreaFlags::WIPEONFORK),
-        (b"dd", AreaFlags::DONTDUMP),
-        (b"hg", AreaFlags::HUGEPAGE),
-        (b"nh", AreaFlags::NOHUGEPAGE),
-        (b"mg", AreaFlags::MERGEABLE),
-    ] {
-        let special = matches!(kind, AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock);
-        if line.flags.contains(mark) && !special {
-            flags |= flag;
-        }
-    }
     for (marks, what) in [
         (&[b"ht"][..], "huge pages of hugetlbfs"),
         (&[b"um", b"uw", b"ui"], "userfaultfd"),
@@ -133,11 +116,19 @@ fn area(
     if !kernel && (line.flags.contains(b"io") || line.flags.contains(b"pf")) {
         return Err(CaptureError::Unsuitable("it maps a device".into()));
     }
+    // The kernel itself takes a key for memory that may only be executed.
+    if line.protection_key != 0 && line.prot.0 != Prot::EXEC {
+        return Err(CaptureError::Unsuitable("it uses protection keys".into()));
+    }
     Ok(Area {
         start: line.range.start,
         end: line.range.end,
         prot: line.prot,
-        flags: AreaFlags(flags),
+        flags: if kernel {
+            AreaFlags::default()
+        } else {
+            line.area_flags()
+        },
         kind,
     })
 }

@@ -4,7 +4,6 @@
 //! layouts piece by piece, and made by calls of a worker; then pages are written into it (by whoever receives them),
 //! and last each worker takes the state of its guest thread.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -27,6 +26,7 @@ enum Change<'a> {
     Unmap(Range<u64>),
     Map(Range<u64>, &'a Area),
     Protect(Range<u64>, u8),
+    Advise(Range<u64>, i32),
 }
 
 impl Vessel {
@@ -41,7 +41,7 @@ impl Vessel {
         worker: &Slot,
         file: &dyn Fn(u64) -> Option<Arc<File>>,
     ) -> Result<(), VesselError> {
-        let lines: Vec<MapLine> = map_lines(self.pid, false)?
+        let lines: Vec<MapLine> = map_lines(self.pid, true)?
             .into_iter()
             .filter(|l| !reserved(&l.range) && !special(l))
             .collect();
@@ -69,6 +69,16 @@ impl Vessel {
                     call("mprotect", libc::SYS_mprotect, args)?;
                 }
                 Change::Map(r, area) => map(worker, &call, &r, area, file)?,
+                Change::Advise(r, advice) => {
+                    let args = [r.start, r.end - r.start, advice as u64, 0, 0, 0];
+                    let done = call("madvise", libc::SYS_madvise, args);
+                    // The others are hints, which this kernel may not know.
+                    let about_fork = libc::MADV_DONTFORK..=libc::MADV_DOFORK;
+                    let about_wipe = libc::MADV_WIPEONFORK..=libc::MADV_KEEPONFORK;
+                    if about_fork.contains(&advice) || about_wipe.contains(&advice) {
+                        done?;
+                    }
+                }
             }
         }
         // The end of the heap, and nothing else (prctl(2), PR_SET_MM_MAP without an auxiliary vector).
@@ -153,48 +163,89 @@ fn changes<'a>(
     image: &'a ProcessImage,
     file: &dyn Fn(u64) -> Option<Arc<File>>,
 ) -> Vec<Change<'a>> {
-    let areas: Vec<&Area> = image.areas.iter().filter(|a| !a.is_kernel()).collect();
-    let mut edges = BTreeSet::new();
-    for line in lines {
-        edges.extend([line.range.start, line.range.end]);
-    }
-    for area in &areas {
-        edges.extend([area.start, area.end]);
-    }
-    let edges: Vec<u64> = edges.into_iter().collect();
+    let mut lines = lines.iter().peekable();
+    let mut areas = image.areas.iter().filter(|a| !a.is_kernel()).peekable();
     let mut out: Vec<Change> = Vec::new();
-    for pair in edges.windows(2) {
-        let piece = pair[0]..pair[1];
-        let line = lines
-            .iter()
-            .find(|l| l.range.start <= piece.start && piece.start < l.range.end);
-        let area = areas
-            .iter()
-            .copied()
-            .find(|a| a.start <= piece.start && piece.start < a.end);
-        let change = match (line, area) {
-            (None, None) => continue,
-            (Some(_), None) => Change::Unmap(piece),
-            (None, Some(area)) => Change::Map(piece, area),
-            (Some(line), Some(area)) if !same(line, area, piece.start, file) => Change::Map(piece, area),
-            (Some(line), Some(area)) if line.prot != area.prot => Change::Protect(piece, area.prot.0),
-            _ => continue,
+    let mut at = 0;
+    loop {
+        // Both lists are sorted: `at` moves from edge to edge, and what lies behind it is done with.
+        while lines.next_if(|l| l.range.end <= at).is_some() {}
+        while areas.next_if(|a| a.end <= at).is_some() {}
+        let (line, area) = (lines.peek().copied(), areas.peek().copied());
+        let edges = [
+            line.map(|l| l.range.start),
+            line.map(|l| l.range.end),
+            area.map(|a| a.start),
+            area.map(|a| a.end),
+        ];
+        let Some(next) = edges.into_iter().flatten().filter(|edge| *edge > at).min() else {
+            return out;
         };
-        // Neighbours of one kind become one change.
-        match (out.last_mut(), change) {
-            (Some(Change::Unmap(last)), Change::Unmap(new)) if last.end == new.start => last.end = new.end,
-            (Some(Change::Map(last, a)), Change::Map(new, b))
-                if last.end == new.start && std::ptr::eq(*a, b) =>
-            {
-                last.end = new.end;
+        let piece = at..next;
+        at = next;
+        let line = line.filter(|l| l.range.start <= piece.start);
+        let area = area.filter(|a| a.start <= piece.start);
+        let (line, area) = match (line, area) {
+            (None, None) => continue,
+            (Some(_), None) => {
+                add(&mut out, Change::Unmap(piece));
+                continue;
             }
-            (Some(Change::Protect(last, a)), Change::Protect(new, b)) if last.end == new.start && *a == b => {
-                last.end = new.end;
-            }
-            (_, change) => out.push(change),
+            (line, Some(area)) => match line.filter(|l| same(l, area, piece.start, file)) {
+                None => {
+                    add(&mut out, Change::Map(piece.clone(), area));
+                    advise(&mut out, piece, AreaFlags::default(), area.flags);
+                    continue;
+                }
+                Some(line) => (line, area),
+            },
+        };
+        if line.prot != area.prot {
+            add(&mut out, Change::Protect(piece.clone(), area.prot.0));
+        }
+        advise(&mut out, piece, line.area_flags(), area.flags);
+    }
+}
+
+/// What makes the flags of a piece those that are wanted.
+fn advise(out: &mut Vec<Change<'_>>, piece: Range<u64>, has: AreaFlags, wanted: AreaFlags) {
+    let switches = [
+        (AreaFlags::DONTFORK, libc::MADV_DONTFORK, libc::MADV_DOFORK),
+        (
+            AreaFlags::WIPEONFORK,
+            libc::MADV_WIPEONFORK,
+            libc::MADV_KEEPONFORK,
+        ),
+        (AreaFlags::DONTDUMP, libc::MADV_DONTDUMP, libc::MADV_DODUMP),
+        (AreaFlags::MERGEABLE, libc::MADV_MERGEABLE, libc::MADV_UNMERGEABLE),
+        (AreaFlags::HUGEPAGE, libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE),
+        (AreaFlags::NOHUGEPAGE, libc::MADV_NOHUGEPAGE, libc::MADV_HUGEPAGE),
+    ];
+    for (flag, on, off) in switches {
+        let huge = flag == AreaFlags::HUGEPAGE || flag == AreaFlags::NOHUGEPAGE;
+        match (has.has(flag), wanted.has(flag)) {
+            (false, true) => add(out, Change::Advise(piece.clone(), on)),
+            // Huge pages once advised for or against can only be advised otherwise.
+            (true, false) if !huge => add(out, Change::Advise(piece.clone(), off)),
+            _ => {}
         }
     }
-    out
+}
+
+/// Adds a change; neighbours of one kind become one.
+fn add<'a>(out: &mut Vec<Change<'a>>, change: Change<'a>) {
+    match (out.last_mut(), &change) {
+        (Some(Change::Unmap(last)), Change::Unmap(new)) if last.end == new.start => last.end = new.end,
+        (Some(Change::Map(last, a)), Change::Map(new, b))
+            if last.end == new.start && std::ptr::eq(*a, *b) =>
+        {
+            last.end = new.end;
+        }
+        (Some(Change::Protect(last, a)), Change::Protect(new, b)) if last.end == new.start && *a == *b => {
+            last.end = new.end;
+        }
+        _ => out.push(change),
+    }
 }
 
 /// Whether a piece of the vessel is backed by what the guest's area is backed by.
@@ -324,6 +375,7 @@ mod tests {
             ino: 0,
             path: Vec::new(),
             flags: Vec::new(),
+            protection_key: 0,
         }
     }
 
@@ -337,17 +389,32 @@ mod tests {
         }
     }
 
+    fn image(areas: Vec<Area>) -> ProcessImage {
+        ProcessImage {
+            areas,
+            ..crate::test_image()
+        }
+    }
+
     #[test]
     fn only_what_differs_changes() {
-        let image = ProcessImage {
-            areas: vec![
-                anon(0x1000, 0x3000, 3),
-                anon(0x5000, 0x6000, 1),
-                anon(0x8000, 0x9000, 3),
-            ],
-            ..crate::test_image()
-        };
-        let lines = [line(0x1000, 0x4000, 3), line(0x5000, 0x6000, 3)];
+        let mut forkless = anon(0xa000, 0xb000, 3);
+        forkless.flags.0 = AreaFlags::DONTFORK | AreaFlags::NOHUGEPAGE;
+        let image = image(vec![
+            anon(0x1000, 0x3000, 3),
+            anon(0x5000, 0x6000, 1),
+            anon(0x8000, 0x9000, 3),
+            forkless,
+            anon(0xb000, 0xc000, 3),
+        ]);
+        let mut advised = line(0xb000, 0xc000, 3);
+        advised.flags = vec![*b"dc", *b"hg"];
+        let lines = [
+            line(0x1000, 0x4000, 3),
+            line(0x5000, 0x6000, 3),
+            line(0xa000, 0xb000, 3),
+            advised,
+        ];
         let found = changes(&lines, &image, &|_| None);
         assert_eq!(
             found,
@@ -355,7 +422,29 @@ mod tests {
                 Change::Unmap(0x3000..0x4000),
                 Change::Protect(0x5000..0x6000, 1),
                 Change::Map(0x8000..0x9000, &image.areas[2]),
+                Change::Advise(0xa000..0xb000, libc::MADV_DONTFORK),
+                Change::Advise(0xa000..0xb000, libc::MADV_NOHUGEPAGE),
+                Change::Advise(0xb000..0xc000, libc::MADV_DOFORK),
             ]
         );
+    }
+
+    #[test]
+    fn pieces_are_cut_at_every_edge() {
+        let image = image(vec![anon(0x2000, 0x8000, 3)]);
+        let mut shared = line(0x3000, 0x4000, 3);
+        shared.shared = true;
+        let lines = [line(0x1000, 0x3000, 3), shared, line(0x7000, 0x9000, 1)];
+        let found = changes(&lines, &image, &|_| None);
+        assert_eq!(
+            found,
+            [
+                Change::Unmap(0x1000..0x2000),
+                Change::Map(0x3000..0x7000, &image.areas[0]),
+                Change::Protect(0x7000..0x8000, 3),
+                Change::Unmap(0x8000..0x9000),
+            ]
+        );
+        assert_eq!(changes(&[], &super::tests::image(vec![]), &|_| None), []);
     }
 }
