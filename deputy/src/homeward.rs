@@ -105,7 +105,7 @@ impl Home {
         let running = away.vessel.resume(&coming.image)?;
         for tid in tids {
             let task = self.tasks.remove(&tid);
-            // The catcher has ended and was reaped: nothing more will be heard of it.
+            // The catcher has ended; the process does not wait for the report of that.
             if task.is_some_and(|t| t.role == Role::Worker) {
                 self.tasks.insert(tid, Task::new(tid, pid, Role::Native));
             }
