@@ -415,6 +415,17 @@ pub struct ThreadImage {
     pub rewound: Option<Rewound>,
 }
 
+/// Where a CPU has a component of the extended register state in XSAVE's standard form (CPUID leaf 0xd).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct XstateComponent {
+    /// its bit
+    pub number: u8,
+    /// where it begins, bytes
+    pub offset: u32,
+    /// bytes
+    pub size: u32,
+}
+
 /// A resource limit (getrlimit(2)); u64::MAX = infinity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct Limit {
@@ -460,6 +471,8 @@ pub struct ProcessImage {
     pub dumpable: u32,
     /// clock readings
     pub clocks: Clocks,
+    /// how the CPU lays out the threads' extended register state
+    pub xstate_layout: Vec<XstateComponent>,
     /// the bytes of the vDSO area, so that a node with another kernel can take its place; empty: not told
     pub vdso: Vec<u8>,
 }
@@ -473,6 +486,7 @@ impl ProcessImage {
         bound("actions", self.actions.len(), SIGNALS)?;
         bound("pending", self.pending.len(), MAX_PENDING)?;
         bound("rlimits", self.rlimits.len(), 32)?;
+        bound("xstate_layout", self.xstate_layout.len(), 64)?;
         bound("vdso", self.vdso.len(), MAX_VDSO)?;
         let mut last_end = 0;
         for area in &self.areas {
@@ -566,6 +580,7 @@ mod tests {
             personality: 0,
             dumpable: 1,
             clocks: Clocks::default(),
+            xstate_layout: Vec::new(),
             vdso: Vec::new(),
         }
     }

@@ -19,6 +19,7 @@ pub mod signal;
 pub mod startup;
 pub mod vdso;
 pub mod vessel;
+pub mod xstate;
 
 #[cfg(test)]
 fn test_image() -> linklayer::image::ProcessImage {
@@ -34,6 +35,7 @@ fn test_image() -> linklayer::image::ProcessImage {
         personality: 0,
         dumpable: 1,
         clocks: Default::default(),
+        xstate_layout: Vec::new(),
         vdso: Vec::new(),
     }
 }

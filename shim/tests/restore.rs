@@ -6,6 +6,7 @@ mod surgery;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use linklayer::image::XstateComponent;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shim::cage::{Cage, CageOptions};
@@ -135,6 +136,21 @@ fn a_process_with_threads_goes_on_elsewhere() {
     let info = |signo| linklayer::image::SigInfo::user(signo, 0, 77, 88);
     captured.image.pending = vec![info(libc::SIGUSR1)];
     captured.image.threads[2].pending = vec![info(libc::SIGTERM)];
+    // As if home's CPU laid out its registers otherwise.
+    let here = captured.image.xstate_layout.clone();
+    let there: Vec<_> = here
+        .iter()
+        .map(|c| XstateComponent {
+            offset: c.offset + 64,
+            ..*c
+        })
+        .collect();
+    for thread in &mut captured.image.threads {
+        let mut sample = thread.xstate.clone();
+        sample.extend([0; 64]);
+        thread.xstate = shim::xstate::convert(&thread.xstate, &here, &there, &sample).unwrap();
+    }
+    captured.image.xstate_layout = there;
     let cage = cage();
     let mut built = build(&cage, &captured);
     let tids = built

@@ -16,6 +16,7 @@ use crate::ptrace::{PendingQueue, PtraceError, Stopped};
 use crate::remote_call::{BatchCall, RemoteCallError, RemoteCalls};
 use crate::restore::{SCRATCH, TRAMPOLINE};
 use crate::vessel::stub;
+use crate::xstate;
 
 pub use maps::{MapLine, file_id, map_lines, reserved};
 pub use pages::page_runs;
@@ -216,6 +217,7 @@ pub fn describe(
         personality: personality(pid)?,
         dumpable: 1,
         clocks: clocks(),
+        xstate_layout: xstate::layout(),
         vdso: Vec::new(),
     };
     if key == 0 {

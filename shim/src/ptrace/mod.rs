@@ -105,7 +105,8 @@ pub fn seize(tid: i32, options: Options) -> Result<()> {
 }
 
 /// Asks a running tracee to stop (PTRACE_INTERRUPT). It will be reported as [`Stop::Interrupt`], or as another stop that it
-/// reached first, after which the interrupt stays owed: the caller sees [`Stop::Interrupt`] once it resumes the tracee.
+/// reaches first: that one takes the interrupt's place (kernel/signal.c, ptrace_stop: any trap clears a pending one), so who
+/// needs an event stop asks again before resuming it, as [`Stopped::settle`] does.
 pub fn interrupt(tid: i32) -> Result<()> {
     // SAFETY: INTERRUPT takes no pointers.
     unsafe { raw(request::INTERRUPT, tid, 0, 0) }

@@ -5,13 +5,14 @@ mod kernel;
 use std::io;
 
 use linklayer::image::{
-    Area, AreaFlags, AreaKind, PAGE, ProcessImage, RESERVED, SigAction, SigInfo, ThreadImage,
+    Area, AreaFlags, AreaKind, PAGE, ProcessImage, RESERVED, SigAction, SigInfo, ThreadImage, XstateComponent,
 };
 
 use crate::capture::build_site;
 use crate::memory::ProcessMemory;
 use crate::ptrace::{self, PtraceError, Stopped};
 use crate::remote_call::{BatchCall, RemoteCallError, RemoteCalls};
+use crate::xstate;
 
 /// Where the code that makes the calls lies while a process is built: in the part of the address space that no guest
 /// may use.
@@ -54,6 +55,7 @@ pub struct Rebuilt {
     pid: i32,
     threads: Vec<ThreadImage>,
     pending: Vec<SigInfo>,
+    xstate_layout: Vec<XstateComponent>,
     key: u64,
 }
 
@@ -167,13 +169,32 @@ impl Rebuilt {
         all[0].call("munmap", libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0])?;
         let mut stopped = Vec::new();
         for (mut calls, thread) in all.into_iter().zip(&self.threads) {
-            if !thread.xstate.is_empty() {
-                calls.stopped().set_xstate(&thread.xstate)?;
-            }
+            set_xstate(calls.stopped(), thread, &self.xstate_layout)?;
             stopped.push(calls.end_with(&thread.regs, thread.sigmask)?);
         }
         Ok(stopped)
     }
+}
+
+/// Gives a thread its extended registers, laid out as this CPU has them.
+pub(crate) fn set_xstate(
+    stopped: &mut Stopped,
+    thread: &ThreadImage,
+    layout: &[XstateComponent],
+) -> Result<(), RestoreError> {
+    if thread.xstate.is_empty() {
+        return Ok(());
+    }
+    let here = xstate::layout();
+    let sample = stopped.xstate()?;
+    if here == layout && sample.len() == thread.xstate.len() {
+        stopped.set_xstate(&thread.xstate)?;
+    } else {
+        let converted = xstate::convert(&thread.xstate, layout, &here, &sample)
+            .map_err(|e| RestoreError::Unsuitable(e.to_string()))?;
+        stopped.set_xstate(&converted)?;
+    }
+    Ok(())
 }
 
 /// Puts a pending signal back. The thread sends it to itself, so that any si_code is allowed. `pid` and `tid` are those that
@@ -248,6 +269,7 @@ pub fn rebuild(
         pid: image.pid,
         threads: image.threads.clone(),
         pending: image.pending.clone(),
+        xstate_layout: image.xstate_layout.clone(),
         key: 0,
     })
 }

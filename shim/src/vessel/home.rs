@@ -18,7 +18,8 @@ use crate::capture::{MapLine, map_lines, reserved, vdso_site};
 use crate::memory::ProcessMemory;
 use crate::ptrace::{self, Stop, Stopped};
 use crate::remote_call::RemoteCalls;
-use crate::restore::{TRAMPOLINE, register, requeue};
+use crate::restore::{TRAMPOLINE, register, requeue, set_xstate};
+use crate::xstate;
 
 /// A piece of the address space that has to change.
 #[derive(Debug, PartialEq, Eq)]
@@ -41,6 +42,9 @@ impl Vessel {
         worker: &Slot,
         file: &dyn Fn(u64) -> Option<Arc<File>>,
     ) -> Result<(), VesselError> {
+        for thread in &image.threads {
+            xstate::fits(&thread.xstate, &image.xstate_layout)?;
+        }
         let lines: Vec<MapLine> = map_lines(self.pid, true)?
             .into_iter()
             .filter(|l| !reserved(&l.range) && !special(l))
@@ -141,9 +145,7 @@ impl Vessel {
                 let arena = [ARENA_ADDRESS, ARENA_LEN as u64, 0, 0, 0, 0];
                 calls.call("munmap", libc::SYS_munmap, arena)?;
             }
-            if !thread.xstate.is_empty() {
-                calls.stopped().set_xstate(&thread.xstate)?;
-            }
+            set_xstate(calls.stopped(), thread, &image.xstate_layout)?;
             running.push(calls.end_with(&thread.regs, thread.sigmask)?);
         }
         Ok(running)

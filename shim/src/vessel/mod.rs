@@ -37,6 +37,9 @@ pub enum VesselError {
     /// Registering what a thread had failed.
     #[error(transparent)]
     Restore(#[from] crate::restore::RestoreError),
+    /// Its registers are not those of this CPU.
+    #[error(transparent)]
+    Xstate(#[from] crate::xstate::XstateError),
     /// Its memory or /proc.
     #[error("{0}")]
     Io(#[from] std::io::Error),
