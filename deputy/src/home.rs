@@ -147,15 +147,32 @@ impl Home {
                 }
                 stopped.cont(sig)?;
             }
-            Stop::Group(_) => stopped.listen()?,
+            Stop::Group(_) => {
+                if let Some(task) = self.tasks.get_mut(&tid) {
+                    task.group_stopped = true;
+                }
+                stopped.listen()?;
+            }
+            Stop::Interrupt => {
+                if let Some(task) = self.tasks.get_mut(&tid) {
+                    task.group_stopped = false;
+                }
+                self.held_for_leaving(pid, stopped)?;
+            }
+            Stop::VforkDone(_) => {
+                if let Some(process) = self.processes.get_mut(&pid) {
+                    process.vforking = process.vforking.saturating_sub(1);
+                }
+                stopped.cont(0)?;
+            }
             Stop::Fork(child) | Stop::Vfork(child) | Stop::Clone(child) => {
+                if let (Stop::Vfork(_), Some(process)) = (stopped.stop(), self.processes.get_mut(&pid)) {
+                    process.vforking += 1;
+                }
                 self.native_child(pid, child);
                 stopped.cont(0)?;
             }
-            _ => {
-                let _ = tid;
-                stopped.cont(0)?;
-            }
+            _ => stopped.cont(0)?,
         }
         Ok(())
     }
@@ -165,6 +182,10 @@ impl Home {
         let owner = tgid_of(child).unwrap_or(child);
         if owner == parent {
             self.tasks.insert(child, Task::new(child, parent, Role::Native));
+            if self.processes.get(&parent).is_some_and(|p| p.leaving.is_some()) {
+                // Its first stop may be over already.
+                let _ = ptrace::interrupt(child);
+            }
         } else {
             self.add_process(child, Mode::Native);
             if let Some(entry) = self.processes.get(&parent).and_then(|p| p.breakpoint.clone()) {
@@ -190,6 +211,9 @@ impl Home {
             reply.errno(i32::from(last));
         }
         if self.tasks.values().any(|t| t.pid == task.pid) {
+            if let Err(e) = self.leave_if_all_held(task.pid) {
+                tracing::error!(error = format!("{e:#}"), "process that leaves");
+            }
             return;
         }
         self.forget(task.pid);
@@ -229,6 +253,7 @@ impl Home {
             Command::HomeCommit(reply, pid) => self.home_commit(reply, pid),
             Command::MoveFailed(m) => self.move_failed(m),
             Command::Action(a) => self.action(a),
+            Command::Out(pid, node, done, tries) => self.send_out(pid, node, done, tries),
             Command::Bring(pid, reason, done) => self.bring(pid, reason, done),
             Command::Lost(node, why) => self.lost(node, &why),
         };

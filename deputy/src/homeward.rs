@@ -123,6 +123,10 @@ impl Home {
             for waiter in process.waiters.drain(..) {
                 let _ = waiter.send(Ok(()));
             }
+            if let Some((node, done)) = process.next.take() {
+                self.shared
+                    .post(crate::shared::Command::Out(pid, node, done, None));
+            }
         }
         Ok(())
     }

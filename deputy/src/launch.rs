@@ -12,6 +12,7 @@ use shim::ptrace::Stopped;
 
 use crate::entry::Breakpoint;
 use crate::home::Home;
+use crate::outward::release;
 use crate::process::{Away, Mode, Role, Task, send};
 use crate::shared::{Command, Shared};
 
@@ -103,12 +104,12 @@ impl Home {
             return Ok(());
         }
         stopped.settle()?;
-        let (stopped, described) = self.describe(pid, stopped);
+        let (threads, described) = self.describe(pid, vec![stopped]);
         match described {
             Ok((image, files)) => {
                 process_launch(&self.shared, pid, node, image, files);
                 if let Some(process) = self.processes.get_mut(&pid) {
-                    process.mode = Mode::Launching(stopped, node);
+                    process.mode = Mode::Launching(threads, node);
                 }
             }
             Err(e) => {
@@ -117,7 +118,7 @@ impl Home {
                     process.stay = Some(StayReason::NoNode(format!("{e:#}")));
                 }
                 self.publish(pid);
-                stopped.cont(0)?;
+                release(threads)?;
             }
         }
         Ok(())
@@ -132,28 +133,35 @@ impl Home {
             }
             return Ok(());
         };
-        let (stopped, node) = match std::mem::replace(&mut process.mode, Mode::Native) {
-            Mode::Launching(stopped, node) => (stopped, node),
+        let (threads, node) = match std::mem::replace(&mut process.mode, Mode::Native) {
+            Mode::Launching(threads, node) => (threads, node),
             other => {
                 process.mode = other;
                 return Ok(());
             }
         };
+        let departure = process.departure.take();
         let link = match result {
             Ok(link) => link,
             Err(why) => {
                 tracing::warn!(pid, node, why, "not moved; it runs at home");
+                if let Some(done) = &departure {
+                    let _ = done.send(Err(why.clone()));
+                }
                 process.stay = Some(StayReason::NoNode(why));
                 self.publish(pid);
-                stopped.cont(0)?;
-                return Ok(());
+                return release(threads);
             }
         };
-        match self.empty(pid, stopped) {
+        match self.empty(pid, threads) {
             Ok(vessel) => {
                 if let Some(process) = self.processes.get_mut(&pid) {
                     process.stay = None;
-                    process.how = "placed at exec";
+                    process.how = if departure.is_some() {
+                        "asked"
+                    } else {
+                        "placed at exec"
+                    };
                     process.mode = Mode::Away(Away {
                         vessel,
                         node,
@@ -164,21 +172,26 @@ impl Home {
                 }
                 self.publish(pid);
                 send(&link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));
+                if let Some(done) = departure {
+                    let _ = done.send(Ok(()));
+                }
                 Ok(())
             }
             Err((whole, e)) => {
                 // Before the commit: the source goes on.
                 send(&link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
                 tracing::warn!(pid, error = %e, "not emptied; it runs at home");
-                let Some(stopped) = whole else {
+                if let Some(done) = departure {
+                    let _ = done.send(Err(format!("process {pid} cannot become a vessel: {e}")));
+                }
+                if whole.is_empty() {
                     return Err(anyhow::Error::new(e).context(format!("process {pid} could not be emptied")));
-                };
+                }
                 if let Some(process) = self.processes.get_mut(&pid) {
                     process.stay = Some(StayReason::Limits);
                 }
                 self.publish(pid);
-                stopped.cont(0)?;
-                Ok(())
+                release(whole)
             }
         }
     }
@@ -210,7 +223,13 @@ fn movable(pid: i32, stopped: &Stopped) -> Result<(), StayReason> {
 }
 
 /// Sends the process and waits for the answer on a thread of its own.
-fn process_launch(shared: &Arc<Shared>, pid: i32, node: u32, image: ProcessImage, files: Vec<FileRef>) {
+pub(crate) fn process_launch(
+    shared: &Arc<Shared>,
+    pid: i32,
+    node: u32,
+    image: ProcessImage,
+    files: Vec<FileRef>,
+) {
     let shared = shared.clone();
     crate::contact::spawn("launch", move || {
         let result = shared.contact(node).and_then(|link| {

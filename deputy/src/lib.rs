@@ -9,6 +9,7 @@ mod files;
 mod home;
 mod homeward;
 mod launch;
+mod outward;
 mod process;
 pub mod shared;
 mod signals;

@@ -1,6 +1,7 @@
 //! A process of the job and its threads, as the tracer keeps them.
 
 use crate::entry::Breakpoint;
+use crate::outward::{Done, Leaving};
 use crossbeam_channel::Sender;
 use linklayer::image::SigAction;
 use linklayer::quic::Link;
@@ -79,7 +80,7 @@ pub enum Mode {
     /// It runs at home.
     Native,
     /// It stands at its entry point while a guest is built from it.
-    Launching(Stopped, u32),
+    Launching(Vec<Stopped>, u32),
     /// Its user half is away; here is its vessel.
     Away(Away),
 }
@@ -110,6 +111,14 @@ pub struct Process {
     pub target: Option<u32>,
     /// Signal dispositions of the guest.
     pub actions: Vec<SigAction>,
+    /// It is being stopped so as to leave home.
+    pub leaving: Option<Leaving>,
+    /// Who asked for the move that is under way.
+    pub departure: Option<Done>,
+    /// Where it goes when it has come home.
+    pub next: Option<(u32, Done)>,
+    /// Threads that wait for the child of a vfork.
+    pub vforking: u32,
     /// Why it is at home.
     pub stay: Option<StayReason>,
     /// How it got where it is.
@@ -130,6 +139,10 @@ impl Process {
             breakpoint: None,
             target: None,
             actions,
+            leaving: None,
+            departure: None,
+            next: None,
+            vforking: 0,
             stay: None,
             how: "started",
             dying: None,
@@ -167,7 +180,12 @@ impl Process {
 
     /// Answers those who wait for it to come home: it did not.
     pub fn fail_waiters(mut self, why: &str) {
-        for waiter in self.waiters.drain(..) {
+        let others = [
+            self.leaving.take().map(|l| l.done),
+            self.departure.take(),
+            self.next.take().map(|(_, done)| done),
+        ];
+        for waiter in self.waiters.drain(..).chain(others.into_iter().flatten()) {
             let _ = waiter.send(Err(why.to_string()));
         }
     }

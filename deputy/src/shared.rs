@@ -97,6 +97,9 @@ pub enum Command {
     Action(wire::Action),
     /// Bring a process home; the answer tells when it is there, or why it is not.
     Bring(i32, StayReason, Sender<Result<(), String>>),
+    /// Move a process to a node; the answer tells when it runs there, or why it does not. The last is for the tracer
+    /// itself: how often it is still tried.
+    Out(i32, u32, Sender<Result<(), String>>, Option<u32>),
     /// The contact to a supervisor is gone.
     Lost(u32, String),
 }

@@ -20,38 +20,36 @@ use crate::shared::ReplyTo;
 use crate::signals;
 
 impl Home {
-    /// Describes a stopped single-threaded process for another node.
+    /// Describes a process, all of whose threads are stopped (the leader first), for another node.
     pub(crate) fn describe(
         &mut self,
         pid: i32,
-        stopped: Stopped,
-    ) -> (Stopped, anyhow::Result<(ProcessImage, Vec<FileRef>)>) {
+        mut threads: Vec<Stopped>,
+    ) -> (Vec<Stopped>, anyhow::Result<(ProcessImage, Vec<FileRef>)>) {
         let shared = self.shared.clone();
         let mut namer = Namer::new(&shared, pid);
-        let mut threads = vec![stopped];
         let described = shim::capture::describe(pid, &mut threads, 0, |f| {
             namer
                 .name(f.start, f.end, f.dev, f.ino, f.path)
                 .map_err(|e| format!("{e:#}"))
         });
-        let stopped = threads.remove(0);
         let described = described.map_err(anyhow::Error::from).and_then(|image| {
             if let Some(reason) = unmovable(&image) {
                 anyhow::bail!("{reason}");
             }
             Ok((image, namer.files()))
         });
-        (stopped, described)
+        (threads, described)
     }
 
-    /// Turns a process that stands at its entry point into a vessel. When that fails while the process is whole, it is
-    /// given back.
+    /// Turns a process, all of whose threads are stopped (the leader first), into a vessel. When that fails while the
+    /// process is whole, its threads are given back.
     pub(crate) fn empty(
         &mut self,
         pid: i32,
-        stopped: Stopped,
-    ) -> Result<Vessel, (Option<Stopped>, shim::vessel::VesselError)> {
-        let (vessel, parts) = Vessel::convert(stopped, &self.arena)?;
+        threads: Vec<Stopped>,
+    ) -> Result<Vessel, (Vec<Stopped>, shim::vessel::VesselError)> {
+        let (vessel, parts) = Vessel::convert_all(threads, &self.arena)?;
         for (tid, slot) in parts.workers {
             self.add_worker(pid, tid, slot);
         }

@@ -374,18 +374,12 @@ impl JobControl for Control {
     }
 
     fn migrate(&self, pid: u32, to: u32) -> Result<(), String> {
-        if to != crate::jobs::HOME && to != self.home {
-            let now = self.shared.table.lock().get(&(pid as i32)).map(|v| v.node);
-            return match now {
-                Some(node) if node == to => Ok(()),
-                _ => Err(format!(
-                    "process {pid} can be brought home; moving a running process to a node is not possible yet"
-                )),
-            };
-        }
         let (done, wait) = crossbeam_channel::bounded(1);
-        self.shared
-            .post(deputy::Command::Bring(pid as i32, StayReason::Asked, done));
+        self.shared.post(if to == crate::jobs::HOME || to == self.home {
+            deputy::Command::Bring(pid as i32, StayReason::Asked, done)
+        } else {
+            deputy::Command::Out(pid as i32, to, done, None)
+        });
         wait.recv_timeout(Duration::from_secs(300))
             .map_err(|_| format!("process {pid} did not arrive in 300 s"))?
     }
@@ -398,6 +392,7 @@ impl Control {
             (Some(reason @ StayReason::Call { .. }), 0) => Arrival::WentHome(reason.to_string()),
             (_, 0) => Arrival::Home,
             _ if view.how == "forked there" => Arrival::Inherited,
+            _ if view.how == "asked" => Arrival::Asked,
             _ => match self.want {
                 Want::Node(_) => Arrival::Named,
                 Want::Drawn(_) => Arrival::Drawn,

@@ -78,7 +78,12 @@ impl Tracer {
             shim::filter::install(pid_here, false, |nr, args| built.raw(nr, args)).context("filter")?;
         let (listener, key) = (installed.listener, installed.pass.key());
         built.show(key);
-        let stopped = built.finish().context("rebuilding the process")?;
+        let others = if image.threads.len() > 1 {
+            self.start_threads(&mut built)?
+        } else {
+            Vec::new()
+        };
+        let stopped = built.finish_all().context("rebuilding the process")?;
         let listener = Arc::new(listener);
         let guest = Arc::new(Guest::new(
             pid,
@@ -87,16 +92,33 @@ impl Tracer {
             key,
             image.actions.clone(),
         )?);
-        let thread = Arc::new(Thread::new(pid, blank.outer_pid, guest.clone()));
-        self.shared.guests.write().insert(pid, guest);
-        self.shared
-            .threads
-            .write()
-            .insert(blank.outer_pid, thread.clone());
-        self.threads.insert(blank.outer_pid, Traced::new(thread));
+        self.shared.guests.write().insert(pid, guest.clone());
+        let outer = std::iter::once(blank.outer_pid).chain(others);
+        for (outer, tid) in outer.zip(image.threads.iter().map(|t| t.tid)) {
+            let thread = Arc::new(Thread::new(tid, outer, guest.clone()));
+            self.shared.threads.write().insert(outer, thread.clone());
+            self.threads.insert(outer, Traced::new(thread));
+        }
         self.built.insert(pid, stopped);
         Pool::start(self.shared.clone(), listener);
         Ok(())
+    }
+
+    /// Makes the threads of a process with several. No other clone may be in the kernel meanwhile: the number of the next
+    /// thread is one word for the whole cage.
+    fn start_threads(&mut self, built: &mut shim::restore::Rebuilt) -> anyhow::Result<Vec<i32>> {
+        let until = Instant::now() + Duration::from_secs(2);
+        while self.cloning_now.is_some() {
+            anyhow::ensure!(Instant::now() < until, "a clone of another guest does not end");
+            let mut fds = [PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
+            poll(&mut fds, 5u8)?;
+            while let Ok(Some(_)) = self.children.read_signal() {}
+            self.reports()?;
+        }
+        let cage = self.cage.as_ref().context("cage")?;
+        built
+            .start_threads(&mut |tid| cage.set_last_pid(tid - 1).map_err(std::io::Error::other))
+            .context("threads")
     }
 
     /// An earlier guest of this pid, which executed another program, has to be gone first.
@@ -145,7 +167,7 @@ impl Tracer {
 
     /// Home has committed: the guest runs.
     pub(super) fn launch_go(&mut self, pid: i32) -> anyhow::Result<()> {
-        if let Some(stopped) = self.built.remove(&pid) {
+        for stopped in self.built.remove(&pid).unwrap_or_default() {
             stopped.cont(0)?;
         }
         Ok(())

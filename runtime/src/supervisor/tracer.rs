@@ -92,14 +92,14 @@ pub struct Tracer {
     pub(super) shared: Arc<Shared>,
     commands: Receiver<Command>,
     wake: Arc<EventFd>,
-    children: SignalFd,
+    pub(super) children: SignalFd,
     pub(super) cage: Option<Cage>,
     pub(super) config: super::SupervisorConfig,
     pub(super) threads: HashMap<i32, Traced>,
     pub(super) strays: HashMap<i32, Stopped>,
     pub(super) holds: HashMap<i32, Hold>,
     /// Stopped and built, waiting for home's word to run.
-    pub(super) built: HashMap<i32, Stopped>,
+    pub(super) built: HashMap<i32, Vec<Stopped>>,
     next_token: u64,
     /// The thread whose clone is in the kernel: the number of the next process is one word for the whole cage.
     pub(super) cloning_now: Option<i32>,
