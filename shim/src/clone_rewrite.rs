@@ -31,6 +31,7 @@ const ARGS_MAX: usize = 88;
 /// First address that is no user memory.
 const TASK_SIZE: u64 = 0x7fff_ffff_f000;
 const RED_ZONE: u64 = 128;
+const SYSCALL_LEN: u64 = 2;
 const RESTARTNOINTR: i64 = -513;
 
 const fn flag(flag: i32) -> u64 {
@@ -257,8 +258,8 @@ pub enum CloneStep {
     /// The child was made, with this id as the tracer sees it; the call goes on, the thread was resumed. The child's first stop
     /// comes, or came, by itself.
     Born(i32),
-    /// The call was not made because a signal is to be taken first. The thread, which has its own registers, is to be resumed:
-    /// it will make the call, and the seccomp stop, again.
+    /// The call was not made because the thread is to stop first (PTRACE_INTERRUPT, SIGSTOP). It has its own registers, and is to
+    /// be resumed: it will make the call, and the seccomp stop, again, and nothing of the guest runs before that.
     Again(Stopped),
     /// The call is over; the thread has its own registers and rax says what it returned: the child's id inside, or a negative
     /// errno.
@@ -271,7 +272,7 @@ pub enum CloneError {
     /// ptrace failed.
     #[error(transparent)]
     Ptrace(#[from] PtraceError),
-    /// Another process had the number, or made a child in between. The child is stopped, and not to be resumed.
+    /// Another process had the number, or made a child in between. The child is stopped: see [`CloneRewrite::dismiss`].
     #[error("child {outer} got the id {got} inside, not {wanted}")]
     WrongId {
         /// the child, as the tracer sees it
@@ -298,6 +299,9 @@ pub struct CloneRewrite {
     /// What clone3's structure covers, and where.
     covered: Option<(u64, Vec<u8>)>,
     born: bool,
+    /// The thread's own mask, while it has all signals blocked: with a handler in between, the call would not come again next, but
+    /// perhaps another one.
+    mask: Option<u64>,
 }
 
 impl CloneRewrite {
@@ -308,6 +312,7 @@ impl CloneRewrite {
             original: *regs,
             covered: None,
             born: false,
+            mask: None,
         }
     }
 
@@ -354,6 +359,11 @@ impl CloneRewrite {
             regs.r10 = request.child_tid;
             regs.r8 = request.tls;
         }
+        self.born = false;
+        if self.mask.is_none() {
+            self.mask = Some(stopped.sigmask()?);
+            stopped.set_sigmask(u64::MAX)?;
+        }
         stopped.set_regs(&regs)?;
         stopped.syscall(0)?;
         Ok(())
@@ -398,6 +408,9 @@ impl CloneRewrite {
                     orig_rax: u64::MAX,
                     ..self.original
                 })?;
+                if let Some(mask) = self.mask {
+                    stopped.set_sigmask(mask)?;
+                }
                 Ok(CloneStep::Returned(stopped, ret))
             }
             // Interrupts and group-stops; who wants the thread stopped asks again afterwards.
@@ -442,6 +455,48 @@ impl CloneRewrite {
             gs_base: now.gs_base,
             ..self.original
         })?;
+        if let Some(mask) = self.mask {
+            child.set_sigmask(mask)?;
+        }
+        Ok(())
+    }
+
+    /// After [`CloneStep::Returned`] with a wrong child: puts the thread before its call again. It is to be resumed, and will make
+    /// the seccomp stop again, before anything of the guest runs.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn repeat(&mut self, stopped: &mut Stopped) -> Result<(), CloneError> {
+        self.covered = None;
+        stopped.set_sigmask(u64::MAX)?;
+        stopped.set_regs(&Regs {
+            rax: self.original.orig_rax,
+            orig_rax: u64::MAX,
+            rip: self.original.rip.wrapping_sub(SYSCALL_LEN),
+            ..self.original
+        })?;
+        Ok(())
+    }
+
+    /// Lets a child with a wrong id end; `key` lets its exit pass the filter ([`crate::filter::Pass::key`]). A thread clears its id
+    /// and wakes who waits for that, which nobody does yet.
+    ///
+    /// # Errors
+    /// The child is gone.
+    pub fn dismiss(&self, mut child: Stopped, key: u64) -> Result<(), CloneError> {
+        child.set_regs(&Regs {
+            rax: if self.request.is_thread() {
+                libc::SYS_exit
+            } else {
+                libc::SYS_exit_group
+            } as u64,
+            orig_rax: u64::MAX,
+            rip: self.original.rip.wrapping_sub(SYSCALL_LEN),
+            rdi: 0,
+            r9: key,
+            ..self.original
+        })?;
+        child.cont(0)?;
         Ok(())
     }
 }

@@ -311,14 +311,16 @@ fn a_thread_gets_the_chosen_id_its_stack_and_its_thread_pointer() {
 }
 
 #[test]
-fn a_signal_comes_first_and_the_call_comes_again() {
+fn an_interrupt_comes_first_and_the_call_comes_again() {
     let mut rig = Rig::new();
     let data = rig.script.data();
     for words in [vec![0, 0, 0, 0, CHLD], vec![CLONE_CLEAR_SIGHAND, 0, 0, 0, CHLD]] {
         rig.put_words(&words);
         let (stopped, mut rewrite) = rig.begin(libc::SYS_clone3, [data, 88, 3, 4, 5, 6]);
-        // SAFETY: signals our own child.
+        let mask = stopped.sigmask().unwrap();
+        // SAFETY: signals our own child. The signal waits until the call is over.
         unsafe { libc::kill(rig.guest.pid, libc::SIGUSR1) };
+        ptrace::interrupt(rig.guest.pid).unwrap();
         rig.cage.set_last_pid(4999).unwrap();
         let place = rewrite.original().rsp - 4096;
         let mut below = vec![0; 4096];
@@ -331,16 +333,19 @@ fn a_signal_comes_first_and_the_call_comes_again() {
         let mut now = vec![0; 4096];
         rig.guest.memory().read(place, &mut now).unwrap();
         assert_eq!(now, below);
-        stopped.cont(0).unwrap();
-        let stopped = ptrace::wait_stop(rig.guest.pid).unwrap();
-        assert_eq!(stopped.stop(), Stop::Signal(libc::SIGUSR1));
+        // The stop that told of this was the one that the interrupt asked for.
         stopped.cont(0).unwrap();
         let (stopped, again) = rig.seccomp_stop();
         assert_eq!(again.original(), rewrite.original());
         let made = rig.make(stopped, rewrite, 5000);
         Rig::check_registers(&made, 5000);
+        assert_eq!(made.parent.sigmask().unwrap(), mask);
+        assert_eq!(made.child.sigmask().unwrap(), mask);
         kill_and_reap(made.child);
-        assert_eq!(rig.run_parent(made.parent)[0], 5000);
+        made.parent.cont(0).unwrap();
+        let stopped = ptrace::wait_stop(rig.guest.pid).unwrap();
+        assert_eq!(stopped.stop(), Stop::Signal(libc::SIGUSR1));
+        assert_eq!(rig.run_parent(stopped)[0], 5000);
     }
     rig.end();
 }
@@ -391,48 +396,75 @@ fn cleared_handlers_and_the_memory_below_the_stack() {
 }
 
 #[test]
-fn a_child_with_another_id_is_noticed() {
-    let mut rig = Rig::new();
-    // The number after the occupied one is taken silently.
-    let occupant = rig.cage.spawn_blank(7000, &[]).unwrap();
-    let (stopped, mut rewrite) = rig.begin(libc::SYS_fork, [0; 6]);
-    rig.cage.set_last_pid(6999).unwrap();
-    rewrite.start(stopped, rig.guest.memory()).unwrap();
-    let mut noticed = None;
-    let mut done = None;
-    while noticed.is_none() || done.is_none() {
-        let (tid, status) = ptrace::wait(Target::Mine, false).unwrap().unwrap();
-        let Status::Stopped(mut stopped) = status else {
-            panic!("{tid}: {status:?}")
-        };
-        if tid != rig.guest.pid {
-            noticed = Some((rewrite.child_stop(&mut stopped, 7000).unwrap_err(), stopped));
-        } else if let CloneStep::Returned(stopped, ret) =
-            rewrite.parent_stop(stopped, rig.guest.memory()).unwrap()
-        {
-            done = Some((stopped, ret));
-        }
-    }
-    let (error, child) = noticed.unwrap();
-    assert!(
-        matches!(
-            error,
-            CloneError::WrongId {
-                got: 7001,
-                wanted: 7000,
-                ..
+fn a_child_with_another_id_is_noticed_and_the_call_made_again() {
+    as_each_user(|| {
+        let mut rig = Rig::new();
+        let data = rig.script.data();
+        for (nr, args) in [
+            (libc::SYS_fork, [0; 6]),
+            (
+                libc::SYS_clone,
+                [0x3d_0f00, data + 8192, data, data + 8, data + 512, 0],
+            ),
+        ] {
+            // The number after the occupied one is taken silently.
+            let occupant = rig.cage.spawn_blank(7000, &[]).unwrap();
+            let (stopped, mut rewrite) = rig.begin(nr, args);
+            rig.cage.set_last_pid(6999).unwrap();
+            rewrite.start(stopped, rig.guest.memory()).unwrap();
+            let mut wrong = None;
+            let mut returned = None;
+            while wrong.is_none() || returned.is_none() {
+                let (tid, status) = ptrace::wait(Target::Mine, false).unwrap().unwrap();
+                let Status::Stopped(mut stopped) = status else {
+                    panic!("{tid}: {status:?}")
+                };
+                if tid != rig.guest.pid {
+                    let error = rewrite.child_stop(&mut stopped, 7000).unwrap_err();
+                    assert!(
+                        matches!(
+                            error,
+                            CloneError::WrongId {
+                                got: 7001,
+                                wanted: 7000,
+                                ..
+                            }
+                        ),
+                        "{error}"
+                    );
+                    wrong = Some(stopped);
+                } else if let CloneStep::Returned(stopped, ret) =
+                    rewrite.parent_stop(stopped, rig.guest.memory()).unwrap()
+                {
+                    assert_eq!(ret, 7001);
+                    returned = Some(stopped);
+                }
             }
-        ),
-        "{error}"
-    );
-    kill_and_reap(child);
-    // SAFETY: kills and reaps our own child.
-    unsafe {
-        libc::kill(occupant.outer_pid, libc::SIGKILL);
-        libc::waitpid(occupant.outer_pid, std::ptr::null_mut(), 0);
-    }
-    rig.guest.give(done.unwrap().0);
-    rig.end();
+            let child = wrong.unwrap();
+            let outer = child.tid();
+            rewrite.dismiss(child, rig.installed.pass.key()).unwrap();
+            assert!(matches!(
+                ptrace::wait(Target::Thread(outer), false).unwrap(),
+                Some((_, Status::Exited(0)))
+            ));
+            // SAFETY: kills and reaps our own child.
+            unsafe {
+                libc::kill(occupant.outer_pid, libc::SIGKILL);
+                libc::waitpid(occupant.outer_pid, std::ptr::null_mut(), 0);
+            }
+            let mut stopped = returned.unwrap();
+            rewrite.repeat(&mut stopped).unwrap();
+            stopped.cont(0).unwrap();
+            let (stopped, _) = rig.seccomp_stop();
+            let made = rig.make(stopped, rewrite, 7000);
+            Rig::check_registers(&made, 7000);
+            assert_eq!(made.parent.sigmask().unwrap(), 0);
+            assert_eq!(rig.run_parent(made.parent)[0], 7000);
+            // For a thread this is the end of its process too.
+            kill_and_reap(made.child);
+        }
+        rig.end();
+    });
 }
 
 #[test]
