@@ -278,7 +278,12 @@ impl Home {
             return Ok(());
         }
         let process = self.processes.get_mut(&parent).context("parent of the child")?;
-        let actions = process.actions.clone();
+        let mut actions = process.actions.clone();
+        if flags & shim::clone_rewrite::CLONE_CLEAR_SIGHAND != 0 {
+            for action in actions.iter_mut().filter(|action| action.handler > 1) {
+                *action = Default::default();
+            }
+        }
         let away = process.away().context("vessel of the parent")?;
         let node = away.node;
         let (mut vessel, stray, catcher) = Vessel::adopt_child(stray)?;

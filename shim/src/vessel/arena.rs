@@ -11,6 +11,8 @@ use linklayer::memory::HOLE;
 use linklayer::syscall::SLOT_DATA_LEN;
 use parking_lot::Mutex;
 
+use crate::clone_rewrite::CLONE_CLEAR_SIGHAND;
+
 /// Where the arena is in every vessel.
 pub const ARENA_ADDRESS: u64 = 0x1000_0000_0000;
 /// A slot: a page of registers, then the data area. Bytes.
@@ -202,6 +204,18 @@ impl Slot {
             | libc::CLONE_CHILD_CLEARTID) as u64;
         self.word(CHILD).store(child.address(), Ordering::Relaxed);
         self.write(0, &(-1i32).to_ne_bytes());
+        if flags & CLONE_CLEAR_SIGHAND != 0 {
+            // Only clone3 has it. Its structure lies behind the descriptor's place.
+            const STRUCTURE: usize = 64;
+            let flags = flags & !GUESTS;
+            let args = [flags, self.data_address(), 0, 0, exit_signal as u64, 0, 0, 0];
+            for (i, word) in args.into_iter().enumerate() {
+                self.write(STRUCTURE + 8 * i, &word.to_ne_bytes());
+            }
+            let address = self.data_address() + STRUCTURE as u64;
+            self.start(libc::SYS_clone3 as u64, [address, 64, 0, 0, 0, 0]);
+            return;
+        }
         let flags = flags & !GUESTS & 0xffff_ff00 | exit_signal as u64 & 0xff;
         // With CLONE_PIDFD the third argument is where the descriptor is put.
         self.start(libc::SYS_clone as u64, [flags, 0, self.data_address(), 0, 0, 0]);
