@@ -27,7 +27,7 @@ macro_rules! guests {
 }
 
 guests! {
-    big_transfers, clocks, efault, exec_forms, fds, files, fork_wait, ipc, locks, long_paths, many_fds, memory, pipes,
+    big_transfers, clocks, clone3, efault, exec_forms, fds, files, fork_wait, ipc, locks, long_paths, many_fds, memory, pipes,
     pollers, prctls, proc_self, pty, restart, rlimits, robust, sessions, sigchld, signals, spawn, stack, storms, tcp,
     tempmask, thread_ends, threads, timers, tree, unix_sockets, vfork,
 }
