@@ -51,6 +51,7 @@ pub fn begin(shared: &Arc<Shared>, reply: ReplyTo, payload: Vec<u8>) {
         Err(e) => return refuse(e),
     };
     shared.count(worker.pid);
+    let after = After::of(shared, &worker, nr, &args);
     *worker.current.lock() = Some(reply.header.seq);
     worker.slot.post(u64::from(nr), args);
     let interrupt = reply.header.flags & wire::INTERRUPT_AT_ONCE != 0;
@@ -63,12 +64,13 @@ pub fn begin(shared: &Arc<Shared>, reply: ReplyTo, payload: Vec<u8>) {
     };
     let pending = Pending {
         shared: shared.clone(),
+        after,
         worker,
         request: payload,
         reply,
     };
     match pending.worker.slot.wait(Some(patience)) {
-        Some(ret) if !signals_by_itself(ret) => pending.finish(ret),
+        Some(ret) if !signals_by_itself(ret) => pending.ended(ret),
         _ => {
             WAITERS.with_pool(|p| p.hand(pending));
             if interrupt {
@@ -91,8 +93,52 @@ fn signals_by_itself(ret: i64) -> bool {
     ret == -i64::from(libc::EPIPE) || ret == -i64::from(libc::EFBIG)
 }
 
-struct Pending {
+/// What the end of a call has to wait for.
+enum After {
+    Nothing,
+    /// Signals that it may have sent to its own process.
+    Signals,
+    /// The timer's signal (second) to be let through to its thread (first).
+    Timer(i32, i32),
+}
+
+impl After {
+    /// For a call whose arguments are in the slot.
+    fn of(shared: &Shared, worker: &Worker, nr: u32, args: &[u64; 6]) -> After {
+        match i64::from(nr) {
+            libc::SYS_kill | libc::SYS_rt_sigqueueinfo if args[1] != 0 => {
+                let target = args[0] as i32;
+                if target <= 0 || target == worker.pid {
+                    return After::Signals;
+                }
+            }
+            libc::SYS_pidfd_send_signal if args[1] != 0 => return After::Signals,
+            libc::SYS_timer_create => {
+                let mut event = [0; 20];
+                let at = args[1].wrapping_sub(worker.slot.data_address());
+                if at >= syscall::SLOT_DATA_LEN as u64 {
+                    return After::Nothing;
+                }
+                worker.slot.read(at as usize, &mut event);
+                // struct sigevent: value, signal at 8, kind of notification at 12, thread at 16.
+                let word =
+                    |i: usize| i32::from_ne_bytes([event[i], event[i + 1], event[i + 2], event[i + 3]]);
+                let (signal, kind, tid) = (word(8), word(12), word(16));
+                let known = shared.worker(tid).is_some_and(|w| w.pid == worker.pid);
+                if kind == libc::SIGEV_THREAD_ID && (1..=64).contains(&signal) && known {
+                    return After::Timer(tid, signal);
+                }
+            }
+            _ => {}
+        }
+        After::Nothing
+    }
+}
+
+/// A call in progress.
+pub struct Pending {
     shared: Arc<Shared>,
+    after: After,
     worker: Arc<Worker>,
     /// The encoded request, which says what to send back.
     request: Vec<u8>,
@@ -116,10 +162,34 @@ impl Pending {
             self.relay_own(signal);
             return self.answer(&outs);
         }
-        self.finish(ret);
+        self.ended(ret);
     }
 
-    fn finish(self, ret: i64) {
+    /// The vessel has made it.
+    fn ended(self, ret: i64) {
+        let shared = self.shared.clone();
+        match self.after {
+            After::Signals if ret >= 0 => shared.post(Command::Settle(Box::new(self), ret)),
+            After::Timer(..) if ret >= 0 => shared.post(Command::TimerCreated(Box::new(self), ret)),
+            _ => self.finish(ret),
+        }
+    }
+
+    /// The thread that makes it.
+    pub fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
+    /// The thread and the signal of a timer that it creates.
+    pub fn timer_of(&self) -> Option<(i32, i32)> {
+        match self.after {
+            After::Timer(tid, signal) => Some((tid, signal)),
+            _ => None,
+        }
+    }
+
+    /// Answers.
+    pub fn finish(self, ret: i64) {
         let outs = self.collect(ret);
         self.answer(&outs);
     }

@@ -31,6 +31,8 @@ pub struct Home {
     /// Stopped children whose parent's event has not been seen yet.
     pub(crate) strays: HashMap<i32, Stopped>,
     pub(crate) arena: shim::vessel::Arena,
+    /// The process and thread whose call ends only when the signals that it sent have been relayed.
+    pub(crate) settling: Option<(i32, i32)>,
 }
 
 impl Home {
@@ -52,6 +54,7 @@ impl Home {
             tasks: HashMap::new(),
             strays: HashMap::new(),
             arena: shim::vessel::Arena::new()?,
+            settling: None,
         })
     }
 
@@ -85,15 +88,19 @@ impl Home {
                 let _ = self.wake.read();
             }
             while let Ok(Some(_)) = self.children.read_signal() {}
-            while let Some((tid, status)) = ptrace::wait(Target::Any, true)? {
-                self.report(tid, status);
-            }
+            self.reports()?;
             while let Ok(command) = self.commands.try_recv() {
                 self.command(command);
-                while let Some((tid, status)) = ptrace::wait(Target::Any, true)? {
-                    self.report(tid, status);
-                }
+                self.reports()?;
             }
+        }
+        Ok(())
+    }
+
+    /// Handles what tracees have to report.
+    pub(crate) fn reports(&mut self) -> anyhow::Result<()> {
+        while let Some((tid, status)) = ptrace::wait(Target::Any, true)? {
+            self.report(tid, status);
         }
         Ok(())
     }
@@ -207,6 +214,9 @@ impl Home {
         if let Some(worker) = self.shared.workers.write().remove(&tid) {
             worker.slot.abandon();
         }
+        for (pending, ret) in task.created_timers {
+            pending.finish(ret);
+        }
         if let Some((reply, last)) = task.ending {
             reply.errno(i32::from(last));
         }
@@ -255,6 +265,8 @@ impl Home {
             Command::Action(a) => self.action(a),
             Command::Out(pid, node, done, tries) => self.send_out(pid, node, done, tries),
             Command::Bring(pid, reason, done) => self.bring(pid, reason, done),
+            Command::Settle(pending, ret) => self.settle(*pending, ret),
+            Command::TimerCreated(pending, ret) => self.timer_created(*pending, ret),
             Command::Lost(node, why) => self.lost(node, &why),
         };
         if let Err(e) = result {

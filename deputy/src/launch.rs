@@ -162,13 +162,7 @@ impl Home {
                     } else {
                         "placed at exec"
                     };
-                    process.mode = Mode::Away(Away {
-                        vessel,
-                        node,
-                        link: link.clone(),
-                        frozen: false,
-                        coming: None,
-                    });
+                    process.mode = Mode::Away(Away::new(vessel, node, link.clone()));
                 }
                 self.publish(pid);
                 send(&link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));

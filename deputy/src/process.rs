@@ -41,6 +41,10 @@ pub struct Task {
     pub ending: Option<(ReplyTo, bool)>,
     /// It is in a group-stop.
     pub group_stopped: bool,
+    /// Signals of timers for this thread alone, which its worker must not block.
+    pub unblocked: u64,
+    /// Calls that created such timers, with their results; they end when the signal is unblocked.
+    pub created_timers: Vec<(crate::calls::Pending, i64)>,
 }
 
 /// A clone that a vessel thread executes.
@@ -71,6 +75,8 @@ impl Task {
             executing: None,
             ending: None,
             group_stopped: false,
+            unblocked: 0,
+            created_timers: Vec::new(),
         }
     }
 }
@@ -95,8 +101,27 @@ pub struct Away {
     pub link: Link,
     /// The vessel is stopped by job control and the guest was told.
     pub frozen: bool,
+    /// The catcher has taken the SIGCONT that ended the last group-stop.
+    pub continued: bool,
+    /// Workers that left a group-stop, kept until the SIGCONT that ended it has been relayed.
+    pub parked: Vec<Stopped>,
     /// The image of a guest on its way home.
     pub coming: Option<Box<wire::Homecoming>>,
+}
+
+impl Away {
+    /// Of a vessel that runs.
+    pub fn new(vessel: Vessel, node: u32, link: Link) -> Away {
+        Away {
+            vessel,
+            node,
+            link,
+            frozen: false,
+            continued: false,
+            parked: Vec::new(),
+            coming: None,
+        }
+    }
 }
 
 /// A process.

@@ -1,6 +1,7 @@
 //! The vessel's life: children, exec, exit, signals, interruption, as its guest asks for them.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use crossbeam_channel::Sender;
@@ -74,7 +75,16 @@ impl Home {
     }
 
     /// A thread of a vessel stopped.
-    pub(crate) fn vessel_stop(&mut self, pid: i32, tid: i32, stopped: Stopped) -> anyhow::Result<()> {
+    pub(crate) fn vessel_stop(&mut self, pid: i32, tid: i32, mut stopped: Stopped) -> anyhow::Result<()> {
+        if matches!(stopped.stop(), Stop::Interrupt | Stop::Group(_))
+            && let Some(task) = self.tasks.get_mut(&tid)
+            && !task.created_timers.is_empty()
+        {
+            stopped.set_sigmask(shim::vessel::WORKER_MASK & !task.unblocked)?;
+            for (pending, ret) in task.created_timers.drain(..) {
+                pending.finish(ret);
+            }
+        }
         match stopped.stop() {
             Stop::Signal(sig) => self.vessel_signal(pid, tid, sig, stopped),
             Stop::Group(_) => {
@@ -83,9 +93,18 @@ impl Home {
                 }
                 stopped.listen()?;
                 let process = self.processes.get_mut(&pid).context("process of the vessel")?;
-                if let Some(away) = process.away().filter(|a| !a.frozen) {
+                let Some(away) = process.away() else { return Ok(()) };
+                away.continued = false;
+                let parked = std::mem::take(&mut away.parked);
+                if !away.frozen {
                     away.frozen = true;
                     send(&away.link, pid, Kind::Freeze, &wire::encode(&wire::Pid(pid)));
+                }
+                // Stopped anew before they could go on: the kernel stops them at once.
+                for worker in parked {
+                    if let Err(e) = worker.cont(0) {
+                        tracing::debug!(error = %e, "worker that is stopped anew");
+                    }
                 }
                 Ok(())
             }
@@ -113,17 +132,76 @@ impl Home {
             return Ok(stopped.cont(sig)?);
         }
         let info = stopped.siginfo()?;
+        let lane = self.lane_of_signals(pid);
+        // A timer that was made for this thread alone.
+        let for_thread = info.code() == libc::SI_TIMER
+            && self
+                .tasks
+                .get(&tid)
+                .is_some_and(|t| t.role == Role::Worker && t.unblocked >> (sig - 1) & 1 == 1);
+        let process = self.processes.get_mut(&pid).context("process of the vessel")?;
         if let Some(away) = process.away() {
             let body = wire::Signal {
                 pid,
-                tid: 0,
+                tid: if for_thread { tid } else { 0 },
                 signal: sig,
                 info: info.0.to_vec(),
             };
-            signals::send(&away.link, pid as u32, &body);
+            signals::send(&away.link, lane as u32, &body);
         }
-        let _ = tid;
-        Ok(stopped.cont(0)?)
+        stopped.cont(0)?;
+        if sig == libc::SIGCONT && self.tasks.get(&tid).is_some_and(|t| t.role == Role::Catcher) {
+            self.relayed_continue(pid)?;
+        }
+        Ok(())
+    }
+
+    /// The lane on which a process's signals are sent: when one of its threads waits for an answer that must not come
+    /// before them, that thread's.
+    fn lane_of_signals(&self, pid: i32) -> i32 {
+        let Some(Mode::Away(away)) = self.processes.get(&pid).map(|p| &p.mode) else {
+            return pid;
+        };
+        if let Some((_, tid)) = self.settling.filter(|(settling, _)| *settling == pid) {
+            return tid;
+        }
+        let calling = |s: &&Stopped| {
+            self.shared
+                .worker(s.tid())
+                .is_some_and(|w| w.current.lock().is_some())
+        };
+        away.parked.iter().find(calling).map_or(pid, Stopped::tid)
+    }
+
+    /// The SIGCONT that ended a group-stop is on its way to the guest: its workers go on.
+    fn relayed_continue(&mut self, pid: i32) -> anyhow::Result<()> {
+        let process = self.processes.get_mut(&pid).context("process of the vessel")?;
+        let Some(away) = process.away() else { return Ok(()) };
+        away.continued = true;
+        for worker in std::mem::take(&mut away.parked) {
+            let tid = worker.tid();
+            if let Err(e) = self.leave_stop(pid, worker) {
+                tracing::debug!(tid, error = format!("{e:#}"), "worker after a stop");
+            }
+        }
+        Ok(())
+    }
+
+    /// A worker goes on after a group-stop. Natively a thread that was stopped in a call runs the handler of SIGCONT
+    /// before anything that happened since can complete the call.
+    fn leave_stop(&mut self, pid: i32, mut worker: Stopped) -> anyhow::Result<()> {
+        let process = self.processes.get(&pid).context("process of the vessel")?;
+        let handled = process
+            .actions
+            .get(libc::SIGCONT as usize - 1)
+            .is_some_and(|a| a.handler > 1);
+        if handled && let Some(known) = self.shared.worker(worker.tid()) {
+            let interruptible = known.current.lock().is_some();
+            if interruptible {
+                Vessel::abort_call(&mut worker, &known.slot)?;
+            }
+        }
+        Ok(worker.cont(0)?)
     }
 
     fn vessel_interrupted(&mut self, pid: i32, tid: i32, mut stopped: Stopped) -> anyhow::Result<()> {
@@ -136,15 +214,84 @@ impl Home {
                 Vessel::abort_call(&mut stopped, &worker.slot)?;
             }
         }
-        stopped.cont(0)?;
-        if resumed {
-            let process = self.processes.get_mut(&pid).context("process of the vessel")?;
-            if let Some(away) = process.away().filter(|a| a.frozen) {
-                away.frozen = false;
-                send(&away.link, pid, Kind::Thaw, &wire::encode(&wire::Pid(pid)));
-            }
+        if !resumed {
+            return Ok(stopped.cont(0)?);
         }
-        Ok(())
+        let catcher = task.role == Role::Catcher;
+        let process = self.processes.get_mut(&pid).context("process of the vessel")?;
+        let Some(away) = process.away() else {
+            return Ok(stopped.cont(0)?);
+        };
+        if away.frozen {
+            away.frozen = false;
+            send(&away.link, pid, Kind::Thaw, &wire::encode(&wire::Pid(pid)));
+        }
+        if catcher {
+            return Ok(stopped.cont(0)?);
+        }
+        if !away.continued && !signals::continued_thread(pid) {
+            away.parked.push(stopped);
+            return Ok(());
+        }
+        self.leave_stop(pid, stopped)
+    }
+
+    /// A call has sent a signal that its own process may be meant by. Natively its handler has run when the call
+    /// returns: the answer goes behind everything that the catcher takes.
+    pub(crate) fn settle(&mut self, pending: calls::Pending, ret: i64) -> anyhow::Result<()> {
+        const PATIENCE: Duration = Duration::from_millis(50);
+        let (pid, tid) = (pending.worker().pid, pending.worker().tid);
+        self.settling = Some((pid, tid));
+        let until = Instant::now() + PATIENCE;
+        let drained = loop {
+            if let Err(e) = self.reports() {
+                break Err(e);
+            }
+            if !self.catcher_busy(pid) || Instant::now() > until {
+                break Ok(());
+            }
+            std::thread::sleep(Duration::from_micros(20));
+        };
+        self.settling = None;
+        pending.finish(ret);
+        drained
+    }
+
+    /// Whether signals are on their way through a vessel's catcher.
+    fn catcher_busy(&mut self, pid: i32) -> bool {
+        let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) else {
+            return false;
+        };
+        let task = format!("/proc/{pid}/task/{}", away.vessel.catcher());
+        let Ok(status) = std::fs::read_to_string(format!("{task}/status")) else {
+            return false;
+        };
+        let value = |name: &str| {
+            status
+                .lines()
+                .find_map(|l| l.strip_prefix(name))
+                .unwrap_or("")
+                .trim()
+        };
+        // In a group-stop nothing more comes.
+        let waits = value("State:").starts_with('S') || away.frozen;
+        !waits || (!away.frozen && u64::from_str_radix(value("ShdPnd:"), 16).unwrap_or(0) != 0)
+    }
+
+    /// A timer was created whose signals are for one thread only. They would stay pending in its worker, which blocks
+    /// everything: it unblocks this one, and then the call that created the timer ends.
+    pub(crate) fn timer_created(&mut self, pending: calls::Pending, ret: i64) -> anyhow::Result<()> {
+        let Some((tid, signal)) = pending.timer_of() else {
+            pending.finish(ret);
+            return Ok(());
+        };
+        let Some(task) = self.tasks.get_mut(&tid).filter(|t| t.role == Role::Worker) else {
+            pending.finish(ret);
+            return Ok(());
+        };
+        task.unblocked |= 1 << (signal - 1);
+        task.created_timers.push((pending, ret));
+        Ok(ptrace::interrupt(tid)?)
     }
 
     /// Interrupts a call in progress: it ends in its slot with the kernel's raw restart code, or with its result when
@@ -288,16 +435,7 @@ impl Home {
         let node = away.node;
         let (mut vessel, stray, catcher) = Vessel::adopt_child(stray)?;
         vessel.shares_memory = flags & libc::CLONE_VM as u64 != 0;
-        let mut born = Process::new(
-            child,
-            Mode::Away(Away {
-                vessel,
-                node,
-                link: reply.link.clone(),
-                frozen: false,
-                coming: None,
-            }),
-        );
+        let mut born = Process::new(child, Mode::Away(Away::new(vessel, node, reply.link.clone())));
         born.actions = actions;
         born.how = "forked there";
         self.processes.insert(child, born);

@@ -10,6 +10,7 @@ use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use linklayer::memory::{Fault, GuestMemory};
 
@@ -21,7 +22,7 @@ const PAGE: u64 = 4096;
 /// its death, make a new one. The accesses themselves go by pid; the owner drops this when it reaps the process.
 #[derive(Debug)]
 pub struct ProcessMemory {
-    pid: i32,
+    pid: AtomicI32,
     mem: OnceLock<Option<File>>,
     maps: OnceLock<Option<File>>,
 }
@@ -45,15 +46,20 @@ impl ProcessMemory {
     /// The memory of a process or thread. Nothing is opened yet.
     pub fn new(pid: i32) -> ProcessMemory {
         ProcessMemory {
-            pid,
+            pid: AtomicI32::new(pid),
             mem: OnceLock::new(),
             maps: OnceLock::new(),
         }
     }
 
-    /// The process.
+    /// The process or thread by which it is reached.
     pub fn pid(&self) -> i32 {
-        self.pid
+        self.pid.load(Ordering::Relaxed)
+    }
+
+    /// Reaches it by another thread: one that has ended has no memory any more, the process's first one included.
+    pub fn set_pid(&self, tid: i32) {
+        self.pid.store(tid, Ordering::Relaxed);
     }
 
     /// Reads without regard to protections (/proc/PID/mem, as a debugger does): also from PROT_NONE areas.
@@ -91,7 +97,7 @@ impl ProcessMemory {
                 OpenOptions::new()
                     .read(true)
                     .write(true)
-                    .open(format!("/proc/{}/mem", self.pid))
+                    .open(format!("/proc/{}/mem", self.pid()))
                     .ok()
             })
             .as_ref()
@@ -102,7 +108,7 @@ impl ProcessMemory {
     fn query(&self, addr: u64) -> Option<Option<MappedArea>> {
         let maps = self
             .maps
-            .get_or_init(|| File::open(format!("/proc/{}/maps", self.pid)).ok())
+            .get_or_init(|| File::open(format!("/proc/{}/maps", self.pid())).ok())
             .as_ref()?;
         let mut query = ProcmapQuery {
             size: size_of::<ProcmapQuery>() as u64,
@@ -129,7 +135,7 @@ impl ProcessMemory {
     /// The same from the text of /proc/PID/maps, for older kernels.
     fn scan(&self, addr: u64) -> Option<MappedArea> {
         let mut text = String::new();
-        File::open(format!("/proc/{}/maps", self.pid))
+        File::open(format!("/proc/{}/maps", self.pid()))
             .and_then(|mut file| file.read_to_string(&mut text))
             .ok()?;
         text.lines()
@@ -158,8 +164,8 @@ impl ProcessMemory {
         // interpreted in the other process's address space.
         let moved = unsafe {
             match way {
-                Way::Read => libc::process_vm_readv(self.pid, &mine, 1, &theirs, 1, 0),
-                Way::Write => libc::process_vm_writev(self.pid, &mine, 1, &theirs, 1, 0),
+                Way::Read => libc::process_vm_readv(self.pid(), &mine, 1, &theirs, 1, 0),
+                Way::Write => libc::process_vm_writev(self.pid(), &mine, 1, &theirs, 1, 0),
             }
         };
         if moved < 0 {

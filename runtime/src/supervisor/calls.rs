@@ -105,6 +105,8 @@ impl Call<'_> {
         let guest = &self.thread.guest;
         let by_tracer = is_restart(ret)
             || guest.freezing.load(Ordering::Acquire)
+            // What came from home before the answer takes effect before it.
+            || guest.incoming.load(Ordering::Acquire) > 0
             || (mask.is_some() && ret == -i64::from(libc::EINTR));
         if by_tracer {
             let (outer, notification) = (self.thread.outer, self.notification);
@@ -147,7 +149,7 @@ impl Call<'_> {
             }
             self.shared.cache_misses.fetch_add(1, Ordering::Relaxed);
         }
-        let outcome = self.forward(row);
+        let outcome = self.timers(self.forward(row));
         if let (Outcome::Value(ret), Some(key)) = (&outcome, key)
             && *ret >= 0
         {
@@ -161,6 +163,23 @@ impl Call<'_> {
             cache.clear();
         }
         outcome
+    }
+
+    /// Overruns of timers: home hands each signal on at once, and where it waits is here.
+    fn timers(&self, outcome: Outcome) -> Outcome {
+        let id = self.args[0] as i32;
+        let overruns = &self.thread.guest.overruns;
+        match (i64::from(self.nr), &outcome) {
+            (libc::SYS_timer_getoverrun, Outcome::Value(0..)) => overruns
+                .lock()
+                .get(&id)
+                .map_or(outcome, |n| Outcome::Value(i64::from(*n))),
+            (libc::SYS_timer_settime | libc::SYS_timer_delete, _) => {
+                overruns.lock().pop(&id);
+                outcome
+            }
+            _ => outcome,
+        }
     }
 
     /// Executes the call at home as it is.

@@ -272,6 +272,7 @@ impl Tracer {
                     cloning.child_ready = true;
                     let (home, request) = (cloning.home(), *cloning.rewrite.request());
                     self.adopt(&parent, home, request, stray)?;
+                    self.relay_early(home);
                 }
                 Err(e @ CloneError::WrongId { .. }) => {
                     tracing::debug!(error = %e, "once more");

@@ -93,8 +93,15 @@ impl Contact {
                 self.prepare(incoming, Answer { lane, header });
             }
             Kind::LaunchGo => shared.post(Command::LaunchGo(body::<wire::Pid>(&payload)?.0)),
-            Kind::Signal => shared.post(Command::Signal(body(&payload)?)),
-            Kind::Freeze => shared.post(Command::Freeze(body::<wire::Pid>(&payload)?.0)),
+            Kind::Signal => {
+                let signal: wire::Signal = body(&payload)?;
+                let counted = shared.arrived(signal.pid);
+                shared.post(Command::Signal(signal, counted));
+            }
+            Kind::Freeze => {
+                let pid = body::<wire::Pid>(&payload)?.0;
+                shared.post(Command::Freeze(pid, shared.arrived(pid)));
+            }
             Kind::Thaw => shared.post(Command::Thaw(body::<wire::Pid>(&payload)?.0)),
             Kind::Discard => {
                 let pid = body::<wire::Pid>(&payload)?.0;

@@ -1,5 +1,6 @@
 //! A guest and its threads, as all threads of the supervisor see them.
 
+use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -36,6 +37,12 @@ pub struct Guest {
     pub identity: Mutex<LruCache<Known, i64>>,
     /// Program name of an exec in progress is about to replace it; its death is no news.
     pub leaving: AtomicBool,
+    /// Signals and stops that have arrived from home and are not queued for it yet.
+    pub incoming: AtomicU32,
+    /// Overrun counts of the timer signals that it took last, by timer.
+    pub overruns: Mutex<LruCache<i32, i32>>,
+    /// Threads that have ended or are about to, as the supervisor sees them.
+    pub ended: Mutex<HashSet<i32>>,
     /// It shares its memory with another process until that executes something or ends (vfork).
     pub shares_with: Mutex<Option<i32>>,
 }
@@ -64,6 +71,9 @@ impl Guest {
             actions: Mutex::new(actions),
             identity: Mutex::new(LruCache::new(capacity)),
             leaving: AtomicBool::new(false),
+            incoming: AtomicU32::new(0),
+            overruns: Mutex::new(LruCache::new(capacity)),
+            ended: Mutex::default(),
             shares_with: Mutex::new(None),
         })
     }

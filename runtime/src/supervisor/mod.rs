@@ -17,6 +17,7 @@ mod homeward;
 mod notify;
 mod proc_files;
 mod shared;
+mod signals;
 mod split;
 mod tracer;
 mod usage;

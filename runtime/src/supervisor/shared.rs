@@ -1,7 +1,7 @@
 //! What all threads of a supervisor share.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crossbeam_channel::Sender;
@@ -22,7 +22,8 @@ pub enum Command {
     /// Run it.
     LaunchGo(i32),
     /// Relay a signal.
-    Signal(wire::Signal),
+    /// ... and the guest in whose count of arrived signals it is.
+    Signal(wire::Signal, Option<Arc<Guest>>),
     /// Answer a notification with a result that needs the tracer: a restart code, or one that came while freezing.
     Reply {
         /// The thread, as seen here.
@@ -41,8 +42,8 @@ pub enum Command {
         /// Home's answer.
         reply: wire::CloneReply,
     },
-    /// Stop a guest.
-    Freeze(i32),
+    /// Stop a guest; counted as a signal is.
+    Freeze(i32, Option<Arc<Guest>>),
     /// Let it run.
     Thaw(i32),
     /// Remove a guest without a word.
@@ -123,6 +124,30 @@ impl Shared {
         // The receiver lives as long as the tracer, which ends the process.
         let _ = self.commands.send(command);
         let _ = self.wake.write(1);
+    }
+
+    /// Counts something that has arrived for a guest, and that its calls must not overtake on their way back. The
+    /// tracer counts down.
+    pub fn arrived(&self, pid: i32) -> Option<Arc<Guest>> {
+        let guest = self.guests.read().get(&pid).cloned()?;
+        guest.incoming.fetch_add(1, Ordering::AcqRel);
+        Some(guest)
+    }
+
+    /// A thread of a guest is about to end: its memory is reached through one that lives.
+    pub fn thread_ends(&self, thread: &Thread) {
+        let guest = &thread.guest;
+        let mut ended = guest.ended.lock();
+        ended.insert(thread.outer);
+        if guest.memory.pid() == thread.outer
+            && let Some(other) = self
+                .threads
+                .read()
+                .values()
+                .find(|t| t.guest.pid == guest.pid && !ended.contains(&t.outer))
+        {
+            guest.memory.set_pid(other.outer);
+        }
     }
 
     /// The guest thread that this node knows as `outer`.

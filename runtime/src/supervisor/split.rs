@@ -104,6 +104,7 @@ fn exit(call: &Call, kind: Kind) -> Result<Outcome, Outcome> {
         // The process ended at home; the guest is removed.
         return Ok(Outcome::Handled);
     }
+    call.shared.thread_ends(call.thread);
     // The guest's own kernel clears and wakes clear_child_tid and the robust futexes.
     Ok(Outcome::Continue)
 }
@@ -112,10 +113,6 @@ fn signal_send(call: &Call, row: &'static Row) -> Result<Outcome, Outcome> {
     let guest = &call.thread.guest;
     let a = call.args;
     let own = |pid: u64| pid as i32 == guest.pid;
-    let queues = [
-        libc::SYS_rt_sigqueueinfo as u32,
-        libc::SYS_rt_tgsigqueueinfo as u32,
-    ];
     let (mine, tid, sig, info) = match i64::from(call.nr) {
         libc::SYS_kill => (own(a[0]), 0, a[1] as i32, None),
         libc::SYS_tkill => (
@@ -131,15 +128,23 @@ fn signal_send(call: &Call, row: &'static Row) -> Result<Outcome, Outcome> {
     };
     let stops = [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
     let at_home = !(1..=64).contains(&sig)
-        || [libc::SIGKILL, libc::SIGSTOP, libc::SIGCONT].contains(&sig)
+        || [libc::SIGKILL, libc::SIGSTOP].contains(&sig)
+        || (sig == libc::SIGCONT && guest.action(sig).handler <= 1)
         || (stops.contains(&sig) && guest.action(sig).handler == 0)
         || (tid != 0 && call.shared.owner_of(tid) != Some(guest.pid));
+    if mine && tid != 0 && stops.contains(&sig) && at_home && call.shared.owner_of(tid) == Some(guest.pid) {
+        // It stops the whole process, and a worker at home blocks what is sent to it alone.
+        let to_all = Call {
+            nr: libc::SYS_kill as u32,
+            args: [guest.pid as u64, sig as u64, 0, 0, 0, 0],
+            ..*call
+        };
+        return Ok(to_all.forward(row));
+    }
     if !mine || at_home {
         return Ok(call.forward(row));
     }
-    if tid == call.thread.tid
-        || (tid == 0 && !queues.contains(&call.nr) && call.shared.threads_of(guest.pid) == 1)
-    {
+    if tid == call.thread.tid || (tid == 0 && call.shared.threads_of(guest.pid) == 1) {
         // To itself: its own kernel delivers it before the call returns.
         return Ok(Outcome::Continue);
     }
@@ -166,7 +171,7 @@ fn signal_send(call: &Call, row: &'static Row) -> Result<Outcome, Outcome> {
         signal: sig,
         info: info.0.to_vec(),
     };
-    call.shared.post(Command::Signal(body));
+    call.shared.post(Command::Signal(body, None));
     // After the signal: it is pending when the call returns.
     call.shared.post(Command::Reply {
         outer: call.thread.outer,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crossbeam_channel::Receiver;
-use linklayer::image::{Regs, SigInfo};
+use linklayer::image::Regs;
 use linklayer::wire::{self, Kind};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
@@ -61,8 +61,8 @@ pub(super) enum After {
 /// A guest thread as the tracer keeps it.
 pub(super) struct Traced {
     pub(super) thread: Arc<Thread>,
-    /// Signals queued for it with the siginfo they are to have, by the token they carry.
-    fixes: Vec<(u64, SigInfo)>,
+    /// Signals queued for it, with the siginfo they are to have.
+    pub(super) fixes: Vec<super::signals::Fix>,
     after: Option<After>,
     /// Registers from before the exchange for rt_sigsuspend, with the result in them.
     suspended: Option<Box<Regs>>,
@@ -100,7 +100,9 @@ pub struct Tracer {
     pub(super) holds: HashMap<i32, Hold>,
     /// Stopped and built, waiting for home's word to run.
     pub(super) built: HashMap<i32, Vec<Stopped>>,
-    next_token: u64,
+    pub(super) next_token: u64,
+    /// Signals for processes that have no guest yet.
+    pub(super) early: Vec<wire::Signal>,
     /// The thread whose clone is in the kernel: the number of the next process is one word for the whole cage.
     pub(super) cloning_now: Option<i32>,
     /// Threads whose clone comes next.
@@ -132,7 +134,8 @@ impl Tracer {
             strays: HashMap::new(),
             holds: HashMap::new(),
             built: HashMap::new(),
-            next_token: 1,
+            next_token: super::signals::FIRST_TOKEN,
+            early: Vec::new(),
             cloning_now: None,
             clone_queue: std::collections::VecDeque::new(),
         })
@@ -205,7 +208,13 @@ impl Tracer {
         match command {
             Command::Build(build) => self.build(*build),
             Command::LaunchGo(pid) => self.launch_go(pid),
-            Command::Signal(signal) => self.relay(&signal),
+            Command::Signal(signal, counted) => {
+                let relayed = self.relay(&signal);
+                if let Some(guest) = counted {
+                    guest.incoming.fetch_sub(1, Ordering::AcqRel);
+                }
+                relayed
+            }
             Command::Reply {
                 outer,
                 notification,
@@ -213,7 +222,13 @@ impl Tracer {
                 mask,
             } => self.reply(outer, notification, ret, mask),
             Command::Cloned { outer, reply } => self.cloned(outer, reply),
-            Command::Freeze(pid) => self.hold(pid, Hold::Stopped),
+            Command::Freeze(pid, counted) => {
+                let held = self.hold(pid, Hold::Stopped);
+                if let Some(guest) = counted {
+                    guest.incoming.fetch_sub(1, Ordering::AcqRel);
+                }
+                held
+            }
             Command::Thaw(pid) => self.thaw(pid),
             Command::Discard(pid) => self.discard(pid),
             Command::GoHome(pid, reason) => self.hold(pid, Hold::Home(reason)),
@@ -240,17 +255,7 @@ impl Tracer {
                     regs.rax = RESTARTNOINTR as u64;
                     stopped.set_regs(&regs)?;
                 }
-                let info = stopped.siginfo()?;
-                let token = shim::signal::info_value(&info);
-                if info.code() == libc::SI_QUEUE {
-                    if let Some(at) = traced.fixes.iter().position(|(t, _)| *t == token) {
-                        let (_, true_info) = traced.fixes.swap_remove(at);
-                        stopped.set_siginfo(&true_info)?;
-                        traced.thread.queued.fetch_sub(1, Ordering::AcqRel);
-                    } else if let Some(true_info) = self.take_process_fix(outer, token) {
-                        stopped.set_siginfo(&true_info)?;
-                    }
-                }
+                self.true_siginfo(outer, sig, &mut stopped)?;
                 stopped.cont(sig)?;
             }
             Stop::Seccomp(_) => self.clone_begins(outer, stopped)?,
@@ -261,14 +266,6 @@ impl Tracer {
             _ => stopped.cont(0)?,
         }
         Ok(())
-    }
-
-    /// A process-directed signal was taken by this thread; its siginfo is kept with the leader.
-    fn take_process_fix(&mut self, outer: i32, token: u64) -> Option<SigInfo> {
-        let leader = self.threads.get(&outer)?.thread.guest.outer;
-        let traced = self.threads.get_mut(&leader)?;
-        let at = traced.fixes.iter().position(|(t, _)| *t == token)?;
-        Some(traced.fixes.swap_remove(at).1)
     }
 
     fn interrupted(&mut self, outer: i32, mut stopped: Stopped) -> anyhow::Result<()> {
@@ -346,96 +343,6 @@ impl Tracer {
         Ok(())
     }
 
-    /// Gives a signal that arrived at home to the guest.
-    fn relay(&mut self, signal: &wire::Signal) -> anyhow::Result<()> {
-        let sig = signal.signal;
-        if !(1..=64).contains(&sig) {
-            return Ok(());
-        }
-        let Some(guest) = self.shared.guests.read().get(&signal.pid).cloned() else {
-            return Ok(());
-        };
-        let info = shim::signal::info_from_bytes(&signal.info);
-        let target = if signal.tid != 0 {
-            self.threads
-                .values()
-                .find(|t| t.thread.tid == signal.tid)
-                .map(|t| t.thread.clone())
-        } else {
-            self.taker(&guest, sig)
-        };
-        let token = self.next_token;
-        self.next_token += 1;
-        let queued = shim::signal::queued_info(sig, token);
-        let Some(thread) = target else {
-            // Blocked everywhere: it stays pending for the process until somebody unblocks or waits for it.
-            if let Some(leader) = self.threads.get_mut(&guest.outer) {
-                leader.fixes.push((token, info));
-            }
-            shim::signal::queue_process(guest.outer, sig, &queued)?;
-            return Ok(());
-        };
-        if guest.ignores(sig) && thread.deliverable(None) >> (sig - 1) & 1 == 0 && !self.blocks(&thread, sig)
-        {
-            return Ok(());
-        }
-        let pending = super::guest::SignalStatus::read(thread.outer)
-            .unwrap_or_default()
-            .pending_thread;
-        if sig < 32 && pending >> (sig - 1) & 1 == 1 {
-            // Standard signals do not queue.
-            self.interrupt_call(&thread, Some(sig));
-            return Ok(());
-        }
-        if let Some(traced) = self.threads.get_mut(&thread.outer) {
-            traced.fixes.push((token, info));
-        }
-        thread.queued.fetch_add(1, Ordering::AcqRel);
-        shim::signal::queue_thread(guest.outer, thread.outer, sig, &queued)?;
-        self.interrupt_call(&thread, Some(sig));
-        Ok(())
-    }
-
-    fn blocks(&self, thread: &Thread, sig: i32) -> bool {
-        let mask = match &*thread.call.lock() {
-            InCall::Forwarded(f) if f.mask.is_some() => f.mask,
-            _ => super::guest::SignalStatus::read(thread.outer).map(|s| s.blocked),
-        };
-        mask.is_none_or(|m| m >> (sig - 1) & 1 == 1)
-    }
-
-    /// The thread the kernel would choose for a process-directed signal: the leader if it does not block it, else any
-    /// that does not.
-    fn taker(&self, guest: &Guest, sig: i32) -> Option<Arc<Thread>> {
-        let leader = self.threads.get(&guest.outer).map(|t| &t.thread);
-        leader
-            .into_iter()
-            .chain(
-                self.threads
-                    .values()
-                    .map(|t| &t.thread)
-                    .filter(|t| t.guest.pid == guest.pid),
-            )
-            .find(|t| !self.blocks(t, sig))
-            .cloned()
-    }
-
-    /// Asks home to interrupt the thread's call, if one is in progress there.
-    pub(super) fn interrupt_call(&self, thread: &Thread, sig: Option<i32>) {
-        if let Some(sig) = sig
-            && self.blocks(thread, sig)
-        {
-            return;
-        }
-        if let InCall::Forwarded(f) = &*thread.call.lock() {
-            let body = wire::encode(&wire::Interrupt {
-                tid: thread.tid,
-                seq: f.seq,
-            });
-            self.shared.tell(thread.tid, Kind::Interrupt, &body);
-        }
-    }
-
     /// Stops all threads of a guest.
     fn hold(&mut self, pid: i32, why: Hold) -> anyhow::Result<()> {
         let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
@@ -459,7 +366,11 @@ impl Tracer {
             if self.threads.get(&thread.outer).is_some_and(|t| t.held.is_some()) {
                 continue;
             }
-            ptrace::interrupt(thread.outer)?;
+            match ptrace::interrupt(thread.outer) {
+                // A leader that ended before the others.
+                Err(e) if e.is_gone() => continue,
+                other => other?,
+            }
             if !home {
                 continue;
             }

@@ -19,7 +19,7 @@ use crate::restore::{SCRATCH, TRAMPOLINE};
 
 /// Workers block everything but the signals whose blocking changes what the terminal does
 /// (drivers/tty/tty_jobctrl.c asks whether the caller blocks or ignores them).
-const WORKER_MASK: u64 = !(1 << (libc::SIGTTIN - 1) | 1 << (libc::SIGTTOU - 1));
+pub const WORKER_MASK: u64 = !(1 << (libc::SIGTTIN - 1) | 1 << (libc::SIGTTOU - 1));
 const MADV_DONTNEED_LOCKED: u64 = 24;
 
 /// Why a vessel could not be made or changed.

@@ -1,0 +1,223 @@
+//! Signals that arrived at home, on their way to guests.
+//!
+//! A signal is queued for one guest thread with a siginfo that the kernel accepts from us, and gets its own siginfo at
+//! the signal-delivery-stop.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use linklayer::image::SigInfo;
+use linklayer::wire::{self, Kind};
+use shim::ptrace::Stopped;
+
+use super::guest::{Guest, InCall, SignalStatus, Thread};
+use super::tracer::Tracer;
+
+/// The first token: no program's own values of sigqueue(3) look like it.
+pub(super) const FIRST_TOKEN: u64 = 0x6d6f_7372_0000_0001;
+/// Most signals that are kept for children that are not made here yet.
+const EARLY_MAX: usize = 256;
+
+/// A queued signal that has not been taken yet.
+pub(super) struct Fix {
+    /// Its value while it is queued; 0 when it was queued with a siginfo of its own.
+    token: u64,
+    signal: i32,
+    info: SigInfo,
+}
+
+impl Fix {
+    fn is(&self, signal: i32, info: &SigInfo) -> bool {
+        if self.token != 0 {
+            return info.code() == libc::SI_QUEUE && shim::signal::info_value(info) == self.token;
+        }
+        self.signal == signal && self.info.code() == info.code() && same_timer(&self.info, info)
+    }
+}
+
+/// si_timerid and si_overrun of a siginfo with SI_TIMER (sigaction(2)).
+fn timer(info: &SigInfo) -> Option<(i32, i32)> {
+    let word = |i: usize| i32::from_ne_bytes([info.0[i], info.0[i + 1], info.0[i + 2], info.0[i + 3]]);
+    (info.code() == libc::SI_TIMER).then(|| (word(16), word(20)))
+}
+
+fn same_timer(a: &SigInfo, b: &SigInfo) -> bool {
+    timer(a).map(|t| t.0) == timer(b).map(|t| t.0)
+}
+
+impl Tracer {
+    /// Gives a signal that arrived at home to the guest.
+    pub(super) fn relay(&mut self, signal: &wire::Signal) -> anyhow::Result<()> {
+        let sig = signal.signal;
+        if !(1..=64).contains(&sig) {
+            return Ok(());
+        }
+        let Some(guest) = self.shared.guests.read().get(&signal.pid).cloned() else {
+            // Home's child may have got it before there is one here.
+            if self.threads.values().any(|t| t.cloning.is_some()) && self.early.len() < EARLY_MAX {
+                self.early.push(signal.clone());
+            }
+            return Ok(());
+        };
+        let info = shim::signal::info_from_bytes(&signal.info);
+        let target = if signal.tid != 0 {
+            self.threads
+                .values()
+                .find(|t| t.thread.tid == signal.tid)
+                .map(|t| t.thread.clone())
+        } else {
+            self.taker(&guest, sig)
+        };
+        // Blocked everywhere: it stays pending for the process until somebody unblocks or waits for it; what is to be
+        // known of it is kept with the leader.
+        let keeper = target.as_ref().map_or(guest.outer, |t| t.outer);
+        let status = SignalStatus::read(keeper).unwrap_or_default();
+        if let Some(thread) = &target
+            && guest.ignores(sig)
+            && thread.deliverable(None) >> (sig - 1) & 1 == 0
+            && !self.blocks(thread, sig)
+        {
+            return Ok(());
+        }
+        let pending = match target {
+            Some(_) => status.pending_thread,
+            None => status.pending_process,
+        } >> (sig - 1)
+            & 1
+            == 1;
+        if let Some(traced) = self.threads.get_mut(&keeper) {
+            if status.pending_thread | status.pending_process == 0 && !traced.fixes.is_empty() {
+                // Taken by sigwaitinfo(2), which makes no stop.
+                traced.fixes.clear();
+                traced.thread.queued.store(0, Ordering::Release);
+            }
+            if pending
+                && let Some((_, more)) = timer(&info)
+                && let Some(fix) = traced
+                    .fixes
+                    .iter_mut()
+                    .find(|f| f.signal == sig && same_timer(&f.info, &info))
+            {
+                // A timer whose signal waits counts instead of queueing another one (timer_getoverrun(2)).
+                let sum = timer(&fix.info)
+                    .map_or(0, |(_, n)| n)
+                    .saturating_add(more)
+                    .saturating_add(1);
+                fix.info.0[20..24].copy_from_slice(&sum.to_ne_bytes());
+                return Ok(());
+            }
+        }
+        if sig < 32 && pending {
+            // Standard signals do not queue.
+            if let Some(thread) = &target {
+                self.interrupt_call(thread, Some(sig));
+            }
+            return Ok(());
+        }
+        // The kernel takes negative codes as they are from anybody, but for this one.
+        let direct = info.code() < 0 && info.code() != libc::SI_TKILL;
+        let (token, queued) = if direct {
+            (0, info)
+        } else {
+            self.next_token += 1;
+            (self.next_token, shim::signal::queued_info(sig, self.next_token))
+        };
+        if let Some(traced) = self.threads.get_mut(&keeper) {
+            traced.fixes.push(Fix {
+                token,
+                signal: sig,
+                info,
+            });
+        }
+        let Some(thread) = target else {
+            shim::signal::queue_process(guest.outer, sig, &queued)?;
+            return Ok(());
+        };
+        thread.queued.fetch_add(1, Ordering::AcqRel);
+        shim::signal::queue_thread(guest.outer, thread.outer, sig, &queued)?;
+        self.interrupt_call(&thread, Some(sig));
+        Ok(())
+    }
+
+    /// Relays what came for a child before it was there.
+    pub(super) fn relay_early(&mut self, pid: i32) {
+        let all = std::mem::take(&mut self.early);
+        let (its, others) = all.into_iter().partition(|s: &wire::Signal| s.pid == pid);
+        if self.threads.values().any(|t| t.cloning.is_some()) {
+            self.early = others;
+        }
+        for signal in its {
+            if let Err(e) = self.relay(&signal) {
+                tracing::debug!(pid, error = format!("{e:#}"), "early signal");
+            }
+        }
+    }
+
+    /// Gives a signal that a thread is about to take the siginfo that it had at home.
+    pub(super) fn true_siginfo(&mut self, outer: i32, sig: i32, stopped: &mut Stopped) -> anyhow::Result<()> {
+        let info = stopped.siginfo()?;
+        let Some(traced) = self.threads.get_mut(&outer) else {
+            return Ok(());
+        };
+        let guest = traced.thread.guest.clone();
+        let mut found = traced.fixes.iter().position(|f| f.is(sig, &info)).map(|at| {
+            traced.thread.queued.fetch_sub(1, Ordering::AcqRel);
+            traced.fixes.swap_remove(at)
+        });
+        if found.is_none() {
+            // A process-directed signal that was blocked everywhere is kept with the leader.
+            found = self.threads.get_mut(&guest.outer).and_then(|leader| {
+                let at = leader.fixes.iter().position(|f| f.is(sig, &info))?;
+                Some(leader.fixes.swap_remove(at))
+            });
+        }
+        let Some(fix) = found else { return Ok(()) };
+        if let Some((id, overrun)) = timer(&fix.info) {
+            guest.overruns.lock().put(id, overrun);
+        }
+        if fix.info != info {
+            stopped.set_siginfo(&fix.info)?;
+        }
+        Ok(())
+    }
+
+    fn blocks(&self, thread: &Thread, sig: i32) -> bool {
+        let mask = match &*thread.call.lock() {
+            InCall::Forwarded(f) if f.mask.is_some() => f.mask,
+            _ => SignalStatus::read(thread.outer).map(|s| s.blocked),
+        };
+        mask.is_none_or(|m| m >> (sig - 1) & 1 == 1)
+    }
+
+    /// The thread the kernel would choose for a process-directed signal: the leader if it does not block it, else any
+    /// that does not.
+    fn taker(&self, guest: &Guest, sig: i32) -> Option<Arc<Thread>> {
+        let leader = self.threads.get(&guest.outer).map(|t| &t.thread);
+        leader
+            .into_iter()
+            .chain(
+                self.threads
+                    .values()
+                    .map(|t| &t.thread)
+                    .filter(|t| t.guest.pid == guest.pid),
+            )
+            .find(|t| !guest.ended.lock().contains(&t.outer) && !self.blocks(t, sig))
+            .cloned()
+    }
+
+    /// Asks home to interrupt the thread's call, if one is in progress there.
+    pub(super) fn interrupt_call(&self, thread: &Thread, sig: Option<i32>) {
+        if let Some(sig) = sig
+            && self.blocks(thread, sig)
+        {
+            return;
+        }
+        if let InCall::Forwarded(f) = &*thread.call.lock() {
+            let body = wire::encode(&wire::Interrupt {
+                tid: thread.tid,
+                seq: f.seq,
+            });
+            self.shared.tell(thread.tid, Kind::Interrupt, &body);
+        }
+    }
+}
