@@ -138,7 +138,9 @@ fn seen_in_proc(lab: &Lab, how: How) {
     assert!(seen("tr '\\0' '\\n' < /proc/PID/environ").contains("SEEN=yes"));
     assert_eq!(seen("ps -o user= -p PID"), "root");
     assert_eq!(seen("pgrep -f '[n]ame argument' | grep -c '^PID$'"), "1");
-    assert_eq!(seen("ls -d /proc/PID/task/* | wc -l"), "1");
+    // A process away has a thread at home that takes its signals.
+    let threads: u32 = seen("ls -d /proc/PID/task/* | wc -l").parse().unwrap();
+    assert!(threads == 1 || how == AWAY && threads == 2, "{how:?}: {threads}");
     let name = place.path().join("opened");
     if program("lsof").is_ok() {
         assert!(
@@ -174,7 +176,9 @@ fn stopped_and_continued(lab: &Lab, how: How) {
     running.write("two\n");
     std::thread::sleep(Duration::from_millis(100));
     assert!(
-        sh(lab, &format!("ps -o stat= -p {pid}")).starts_with('T'),
+        sh(lab, &format!("ps -o stat= -p {pid}"))
+            .to_uppercase()
+            .starts_with('T'),
         "{how:?}"
     );
     sh(lab, &format!("kill -CONT {pid}"));
