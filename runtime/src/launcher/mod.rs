@@ -10,6 +10,7 @@ use std::ffi::{CString, OsStr, OsString};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
@@ -60,7 +61,7 @@ fn complain(why: &str, status: u8) -> ExitCode {
 
 /// Forks the deputy and waits for its verdict.
 fn prepare(args: &Args) -> anyhow::Result<Verdict> {
-    if args.want() == Want::Home {
+    if args.want() == Want::Home || gains_privileges(&args.command[0]) {
         return Ok(Verdict::Alone);
     }
     let (mut ours, theirs) = UnixStream::pair().context("socket to the deputy")?;
@@ -90,6 +91,28 @@ fn prepare(args: &Args) -> anyhow::Result<Verdict> {
             Ok(Verdict::Failed(why))
         }
     }
+}
+
+/// Whether a program is one of those that run with other privileges than those of the user who starts them. They run at
+/// home; without CAP_SYS_PTRACE they must not even have a tracer, with which execve(2) would not give them theirs.
+fn gains_privileges(program: &OsStr) -> bool {
+    let uid = nix::unistd::geteuid();
+    if uid.is_root() {
+        return false;
+    }
+    let candidates = candidates(program, std::env::var_os("PATH"));
+    let executed = candidates
+        .iter()
+        .filter(|c| nix::unistd::access(c.as_c_str(), nix::unistd::AccessFlags::X_OK).is_ok())
+        .find_map(|c| {
+            let meta = std::fs::metadata(OsStr::from_bytes(c.as_bytes())).ok()?;
+            meta.is_file().then_some(meta)
+        });
+    executed.is_some_and(|meta| {
+        // The set-group-id bit without the group's execute bit means something else (inode(7)).
+        let (set_user, set_group) = (meta.mode() & 0o4000 != 0, meta.mode() & 0o2010 == 0o2010);
+        set_user && meta.uid() != uid.as_raw() || set_group && meta.gid() != nix::unistd::getegid().as_raw()
+    })
 }
 
 /// Replaces this process by the program, with everything the shell gave it.
