@@ -13,7 +13,7 @@ use shim::ptrace::{self, Status, Target};
 
 use super::contact::Build;
 use super::guest::{Guest, Thread};
-use super::notify::Pool;
+use super::notify::{Pool, Turn};
 use super::tracer::{Traced, Tracer};
 
 impl Tracer {
@@ -85,10 +85,12 @@ impl Tracer {
         };
         let stopped = built.finish_all().context("rebuilding the process")?;
         let listener = Arc::new(listener);
+        let turn = Arc::new(Turn::default());
         let guest = Arc::new(Guest::new(
             pid,
             blank.outer_pid,
             listener.clone(),
+            turn.clone(),
             key,
             image.actions.clone(),
         )?);
@@ -100,7 +102,7 @@ impl Tracer {
             self.threads.insert(outer, Traced::new(thread));
         }
         self.built.insert(pid, stopped);
-        Pool::start(self.shared.clone(), listener);
+        Pool::start(self.shared.clone(), listener, turn);
         Ok(())
     }
 

@@ -339,6 +339,7 @@ impl Tracer {
                 home,
                 child,
                 parent.guest.listener.clone(),
+                parent.guest.turn.clone(),
                 parent.guest.pass_key,
                 actions,
             )?);

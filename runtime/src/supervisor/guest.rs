@@ -12,6 +12,8 @@ use parking_lot::Mutex;
 use shim::memory::ProcessMemory;
 use shim::notify::Listener;
 
+use super::notify::Turn;
+
 /// What a cached result is known by: thread (0: any), number of the call.
 pub type Known = (i32, u32);
 
@@ -27,6 +29,8 @@ pub struct Guest {
     pub memory: ProcessMemory,
     /// Where its notifications arrive; children share their parent's.
     pub listener: Arc<Listener>,
+    /// Whose turn it is to receive from it; shared as the listener is.
+    pub turn: Arc<Turn>,
     /// Lets calls of the supervisor's own pass the filter.
     pub pass_key: u64,
     /// It is being captured: results that could be lost are handed to the tracer.
@@ -56,6 +60,7 @@ impl Guest {
         pid: i32,
         outer: i32,
         listener: Arc<Listener>,
+        turn: Arc<Turn>,
         pass_key: u64,
         actions: Vec<SigAction>,
     ) -> std::io::Result<Guest> {
@@ -66,6 +71,7 @@ impl Guest {
             outer,
             memory: ProcessMemory::new(outer),
             listener,
+            turn,
             pass_key,
             freezing: AtomicBool::new(false),
             actions: Mutex::new(actions),
@@ -128,6 +134,12 @@ pub struct Forwarded {
     pub started: Instant,
 }
 
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.guest.turn.leave();
+    }
+}
+
 /// A thread of a guest.
 pub struct Thread {
     /// Its tid, the vessel thread's as well.
@@ -147,8 +159,9 @@ pub struct Thread {
 }
 
 impl Thread {
-    /// A thread that has not called yet.
+    /// A thread that has not called yet, and does not run yet.
     pub fn new(tid: i32, outer: i32, guest: Arc<Guest>) -> Thread {
+        guest.turn.join();
         Thread {
             tid,
             outer,
