@@ -98,8 +98,8 @@ enum After {
     Nothing,
     /// Signals that it may have sent to its own process.
     Signals,
-    /// The timer's signal (second) to be let through to its thread (first).
-    Timer(i32, i32),
+    /// A thread (first) to let a signal (second) through that is for it alone.
+    Unblock(i32, i32),
 }
 
 impl After {
@@ -110,6 +110,14 @@ impl After {
                 let target = args[0] as i32;
                 if target <= 0 || target == worker.pid {
                     return After::Signals;
+                }
+            }
+            libc::SYS_tkill | libc::SYS_tgkill | libc::SYS_rt_tgsigqueueinfo => {
+                let at = usize::from(i64::from(nr) != libc::SYS_tkill);
+                let (tid, signal) = (args[at] as i32, args[at + 1] as i32);
+                let never_waits = [libc::SIGKILL, libc::SIGSTOP, libc::SIGCONT].contains(&signal);
+                if (1..=64).contains(&signal) && !never_waits && shared.worker(tid).is_some() {
+                    return After::Unblock(tid, signal);
                 }
             }
             libc::SYS_pidfd_send_signal if args[1] != 0 => return After::Signals,
@@ -126,7 +134,7 @@ impl After {
                 let (signal, kind, tid) = (word(8), word(12), word(16));
                 let known = shared.worker(tid).is_some_and(|w| w.pid == worker.pid);
                 if kind == libc::SIGEV_THREAD_ID && (1..=64).contains(&signal) && known {
-                    return After::Timer(tid, signal);
+                    return After::Unblock(tid, signal);
                 }
             }
             _ => {}
@@ -170,7 +178,7 @@ impl Pending {
         let shared = self.shared.clone();
         match self.after {
             After::Signals if ret >= 0 => shared.post(Command::Settle(Box::new(self), ret)),
-            After::Timer(..) if ret >= 0 => shared.post(Command::TimerCreated(Box::new(self), ret)),
+            After::Unblock(..) if ret >= 0 => shared.post(Command::Unblock(Box::new(self), ret)),
             _ => self.finish(ret),
         }
     }
@@ -180,10 +188,10 @@ impl Pending {
         &self.worker
     }
 
-    /// The thread and the signal of a timer that it creates.
-    pub fn timer_of(&self) -> Option<(i32, i32)> {
+    /// The thread to let a signal through, and the signal.
+    pub fn unblocks(&self) -> Option<(i32, i32)> {
         match self.after {
-            After::Timer(tid, signal) => Some((tid, signal)),
+            After::Unblock(tid, signal) => Some((tid, signal)),
             _ => None,
         }
     }

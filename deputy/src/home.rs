@@ -214,7 +214,7 @@ impl Home {
         if let Some(worker) = self.shared.workers.write().remove(&tid) {
             worker.slot.abandon();
         }
-        for (pending, ret) in task.created_timers {
+        for (pending, ret) in task.unblocking {
             pending.finish(ret);
         }
         if let Some((reply, last)) = task.ending {
@@ -266,7 +266,7 @@ impl Home {
             Command::Out(pid, node, done, tries) => self.send_out(pid, node, done, tries),
             Command::Bring(pid, reason, done) => self.bring(pid, reason, done),
             Command::Settle(pending, ret) => self.settle(*pending, ret),
-            Command::TimerCreated(pending, ret) => self.timer_created(*pending, ret),
+            Command::Unblock(pending, ret) => self.unblock(*pending, ret),
             Command::Lost(node, why) => self.lost(node, &why),
         };
         if let Err(e) = result {

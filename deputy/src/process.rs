@@ -41,10 +41,10 @@ pub struct Task {
     pub ending: Option<(ReplyTo, bool)>,
     /// It is in a group-stop.
     pub group_stopped: bool,
-    /// Signals of timers for this thread alone, which its worker must not block.
+    /// Signals for this thread alone, which its worker must not block.
     pub unblocked: u64,
-    /// Calls that created such timers, with their results; they end when the signal is unblocked.
-    pub created_timers: Vec<(crate::calls::Pending, i64)>,
+    /// Calls that make such signals come, with their results; they end when the signal is unblocked.
+    pub unblocking: Vec<(crate::calls::Pending, i64)>,
 }
 
 /// A clone that a vessel thread executes.
@@ -76,7 +76,7 @@ impl Task {
             ending: None,
             group_stopped: false,
             unblocked: 0,
-            created_timers: Vec::new(),
+            unblocking: Vec::new(),
         }
     }
 }

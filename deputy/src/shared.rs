@@ -97,8 +97,8 @@ pub enum Command {
     Action(wire::Action),
     /// A call that may have sent its own process a signal has ended; its answer comes after the signal.
     Settle(Box<crate::calls::Pending>, i64),
-    /// A timer for one thread was created.
-    TimerCreated(Box<crate::calls::Pending>, i64),
+    /// Signals for one thread alone come from now on.
+    Unblock(Box<crate::calls::Pending>, i64),
     /// Bring a process home; the answer tells when it is there, or why it is not.
     Bring(i32, StayReason, Sender<Result<(), String>>),
     /// Move a process to a node; the answer tells when it runs there, or why it does not. The last is for the tracer

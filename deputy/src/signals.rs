@@ -1,8 +1,17 @@
 //! Signals at home, on their way to guests.
 
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
 use linklayer::frame::Header;
 use linklayer::quic::Link;
 use linklayer::wire::{self, Kind};
+use shim::ptrace::{self, Stopped};
+use shim::vessel::Vessel;
+
+use crate::calls;
+use crate::home::Home;
+use crate::process::{Mode, Role};
 
 /// Sends a signal on a lane. A lost contact is noticed elsewhere.
 pub fn send(link: &Link, lane: u32, signal: &wire::Signal) {
@@ -40,4 +49,162 @@ pub fn pending(task: &std::path::Path, which: &str) -> u64 {
 /// Whether the default action of a signal is to stop the process.
 pub fn stops(signal: i32) -> bool {
     [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal)
+}
+
+impl Home {
+    pub(crate) fn vessel_signal(
+        &mut self,
+        pid: i32,
+        tid: i32,
+        sig: i32,
+        mut stopped: Stopped,
+    ) -> anyhow::Result<()> {
+        let process = self.processes.get_mut(&pid).context("process of the vessel")?;
+        let default = process
+            .actions
+            .get(sig as usize - 1)
+            .is_none_or(|a| a.handler == 0);
+        if process.dying == Some(sig) || (stops(sig) && (default || sig == libc::SIGSTOP)) {
+            // The kernel at home does what the signal does by default.
+            return Ok(stopped.cont(sig)?);
+        }
+        let info = stopped.siginfo()?;
+        let lane = self.lane_of_signals(pid);
+        // From a timer for this thread alone, or from another process to this thread.
+        let for_thread = [libc::SI_TIMER, libc::SI_TKILL].contains(&info.code())
+            && self
+                .tasks
+                .get(&tid)
+                .is_some_and(|t| t.role == Role::Worker && t.unblocked >> (sig - 1) & 1 == 1);
+        let process = self.processes.get_mut(&pid).context("process of the vessel")?;
+        if let Some(away) = process.away() {
+            let body = wire::Signal {
+                pid,
+                tid: if for_thread { tid } else { 0 },
+                signal: sig,
+                info: info.0.to_vec(),
+            };
+            send(&away.link, lane as u32, &body);
+        }
+        if [libc::SIGTTIN, libc::SIGTTOU].contains(&sig)
+            && let Some(worker) = self.shared.worker(tid)
+            && worker.current.lock().is_some()
+        {
+            // The terminal would send it again and again while the call is restarted here.
+            Vessel::abort_call(&mut stopped, &worker.slot)?;
+        }
+        stopped.cont(0)?;
+        if sig == libc::SIGCONT && self.tasks.get(&tid).is_some_and(|t| t.role == Role::Catcher) {
+            self.relayed_continue(pid)?;
+        }
+        Ok(())
+    }
+
+    /// The lane on which a process's signals are sent: when one of its threads waits for an answer that must not come
+    /// before them, that thread's.
+    fn lane_of_signals(&self, pid: i32) -> i32 {
+        let Some(Mode::Away(away)) = self.processes.get(&pid).map(|p| &p.mode) else {
+            return pid;
+        };
+        if let Some((_, tid)) = self.settling.filter(|(settling, _)| *settling == pid) {
+            return tid;
+        }
+        let calling = |s: &&Stopped| {
+            self.shared
+                .worker(s.tid())
+                .is_some_and(|w| w.current.lock().is_some())
+        };
+        away.parked.iter().find(calling).map_or(pid, Stopped::tid)
+    }
+
+    /// The SIGCONT that ended a group-stop is on its way to the guest: its workers go on.
+    fn relayed_continue(&mut self, pid: i32) -> anyhow::Result<()> {
+        let process = self.processes.get_mut(&pid).context("process of the vessel")?;
+        let Some(away) = process.away() else { return Ok(()) };
+        away.continued = true;
+        for worker in std::mem::take(&mut away.parked) {
+            let tid = worker.tid();
+            if let Err(e) = self.leave_stop(pid, worker) {
+                tracing::debug!(tid, error = format!("{e:#}"), "worker after a stop");
+            }
+        }
+        Ok(())
+    }
+
+    /// A worker goes on after a group-stop. Natively a thread that was stopped in a call runs the handler of SIGCONT
+    /// before anything that happened since can complete the call.
+    pub(crate) fn leave_stop(&mut self, pid: i32, mut worker: Stopped) -> anyhow::Result<()> {
+        let process = self.processes.get(&pid).context("process of the vessel")?;
+        let handled = process
+            .actions
+            .get(libc::SIGCONT as usize - 1)
+            .is_some_and(|a| a.handler > 1);
+        if handled && let Some(known) = self.shared.worker(worker.tid()) {
+            let interruptible = known.current.lock().is_some();
+            if interruptible {
+                Vessel::abort_call(&mut worker, &known.slot)?;
+            }
+        }
+        Ok(worker.cont(0)?)
+    }
+
+    /// A call has sent a signal that its own process may be meant by. Natively its handler has run when the call
+    /// returns: the answer goes behind everything that the catcher takes.
+    pub(crate) fn settle(&mut self, pending: calls::Pending, ret: i64) -> anyhow::Result<()> {
+        const PATIENCE: Duration = Duration::from_millis(50);
+        let (pid, tid) = (pending.worker().pid, pending.worker().tid);
+        self.settling = Some((pid, tid));
+        let until = Instant::now() + PATIENCE;
+        let drained = loop {
+            if let Err(e) = self.reports() {
+                break Err(e);
+            }
+            if !self.catcher_busy(pid) || Instant::now() > until {
+                break Ok(());
+            }
+            std::thread::sleep(Duration::from_micros(20));
+        };
+        self.settling = None;
+        pending.finish(ret);
+        drained
+    }
+
+    /// Whether signals are on their way through a vessel's catcher.
+    fn catcher_busy(&mut self, pid: i32) -> bool {
+        let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) else {
+            return false;
+        };
+        let task = format!("/proc/{pid}/task/{}", away.vessel.catcher());
+        let Ok(status) = std::fs::read_to_string(format!("{task}/status")) else {
+            return false;
+        };
+        let value = |name: &str| {
+            status
+                .lines()
+                .find_map(|l| l.strip_prefix(name))
+                .unwrap_or("")
+                .trim()
+        };
+        // In a group-stop nothing more comes.
+        let waits = value("State:").starts_with('S') || away.frozen;
+        !waits
+            || (!away.frozen
+                && u64::from_str_radix(value("ShdPnd:"), 16).unwrap_or(0) & shim::vessel::WORKER_MASK != 0)
+    }
+
+    /// A call has made a timer whose signals are for one thread only, or has sent one a signal. They would stay pending in
+    /// its worker, which blocks everything: it unblocks this one, and then the call ends.
+    pub(crate) fn unblock(&mut self, pending: calls::Pending, ret: i64) -> anyhow::Result<()> {
+        let Some((tid, signal)) = pending.unblocks() else {
+            pending.finish(ret);
+            return Ok(());
+        };
+        let Some(task) = self.tasks.get_mut(&tid).filter(|t| t.role == Role::Worker) else {
+            pending.finish(ret);
+            return Ok(());
+        };
+        task.unblocked |= 1 << (signal - 1);
+        task.unblocking.push((pending, ret));
+        Ok(ptrace::interrupt(tid)?)
+    }
 }

@@ -1,7 +1,6 @@
 //! The vessel's life: children, exec, exit, signals, interruption, as its guest asks for them.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use crossbeam_channel::Sender;
@@ -78,10 +77,10 @@ impl Home {
     pub(crate) fn vessel_stop(&mut self, pid: i32, tid: i32, mut stopped: Stopped) -> anyhow::Result<()> {
         if matches!(stopped.stop(), Stop::Interrupt | Stop::Group(_))
             && let Some(task) = self.tasks.get_mut(&tid)
-            && !task.created_timers.is_empty()
+            && !task.unblocking.is_empty()
         {
             stopped.set_sigmask(shim::vessel::WORKER_MASK & !task.unblocked)?;
-            for (pending, ret) in task.created_timers.drain(..) {
+            for (pending, ret) in task.unblocking.drain(..) {
                 pending.finish(ret);
             }
         }
@@ -121,89 +120,6 @@ impl Home {
         }
     }
 
-    fn vessel_signal(&mut self, pid: i32, tid: i32, sig: i32, stopped: Stopped) -> anyhow::Result<()> {
-        let process = self.processes.get_mut(&pid).context("process of the vessel")?;
-        let default = process
-            .actions
-            .get(sig as usize - 1)
-            .is_none_or(|a| a.handler == 0);
-        if process.dying == Some(sig) || (signals::stops(sig) && (default || sig == libc::SIGSTOP)) {
-            // The kernel at home does what the signal does by default.
-            return Ok(stopped.cont(sig)?);
-        }
-        let info = stopped.siginfo()?;
-        let lane = self.lane_of_signals(pid);
-        // A timer that was made for this thread alone.
-        let for_thread = info.code() == libc::SI_TIMER
-            && self
-                .tasks
-                .get(&tid)
-                .is_some_and(|t| t.role == Role::Worker && t.unblocked >> (sig - 1) & 1 == 1);
-        let process = self.processes.get_mut(&pid).context("process of the vessel")?;
-        if let Some(away) = process.away() {
-            let body = wire::Signal {
-                pid,
-                tid: if for_thread { tid } else { 0 },
-                signal: sig,
-                info: info.0.to_vec(),
-            };
-            signals::send(&away.link, lane as u32, &body);
-        }
-        stopped.cont(0)?;
-        if sig == libc::SIGCONT && self.tasks.get(&tid).is_some_and(|t| t.role == Role::Catcher) {
-            self.relayed_continue(pid)?;
-        }
-        Ok(())
-    }
-
-    /// The lane on which a process's signals are sent: when one of its threads waits for an answer that must not come
-    /// before them, that thread's.
-    fn lane_of_signals(&self, pid: i32) -> i32 {
-        let Some(Mode::Away(away)) = self.processes.get(&pid).map(|p| &p.mode) else {
-            return pid;
-        };
-        if let Some((_, tid)) = self.settling.filter(|(settling, _)| *settling == pid) {
-            return tid;
-        }
-        let calling = |s: &&Stopped| {
-            self.shared
-                .worker(s.tid())
-                .is_some_and(|w| w.current.lock().is_some())
-        };
-        away.parked.iter().find(calling).map_or(pid, Stopped::tid)
-    }
-
-    /// The SIGCONT that ended a group-stop is on its way to the guest: its workers go on.
-    fn relayed_continue(&mut self, pid: i32) -> anyhow::Result<()> {
-        let process = self.processes.get_mut(&pid).context("process of the vessel")?;
-        let Some(away) = process.away() else { return Ok(()) };
-        away.continued = true;
-        for worker in std::mem::take(&mut away.parked) {
-            let tid = worker.tid();
-            if let Err(e) = self.leave_stop(pid, worker) {
-                tracing::debug!(tid, error = format!("{e:#}"), "worker after a stop");
-            }
-        }
-        Ok(())
-    }
-
-    /// A worker goes on after a group-stop. Natively a thread that was stopped in a call runs the handler of SIGCONT
-    /// before anything that happened since can complete the call.
-    fn leave_stop(&mut self, pid: i32, mut worker: Stopped) -> anyhow::Result<()> {
-        let process = self.processes.get(&pid).context("process of the vessel")?;
-        let handled = process
-            .actions
-            .get(libc::SIGCONT as usize - 1)
-            .is_some_and(|a| a.handler > 1);
-        if handled && let Some(known) = self.shared.worker(worker.tid()) {
-            let interruptible = known.current.lock().is_some();
-            if interruptible {
-                Vessel::abort_call(&mut worker, &known.slot)?;
-            }
-        }
-        Ok(worker.cont(0)?)
-    }
-
     fn vessel_interrupted(&mut self, pid: i32, tid: i32, mut stopped: Stopped) -> anyhow::Result<()> {
         let task = self.tasks.get_mut(&tid).context("thread of the vessel")?;
         let interrupting = task.interrupting.take();
@@ -234,64 +150,6 @@ impl Home {
             return Ok(());
         }
         self.leave_stop(pid, stopped)
-    }
-
-    /// A call has sent a signal that its own process may be meant by. Natively its handler has run when the call
-    /// returns: the answer goes behind everything that the catcher takes.
-    pub(crate) fn settle(&mut self, pending: calls::Pending, ret: i64) -> anyhow::Result<()> {
-        const PATIENCE: Duration = Duration::from_millis(50);
-        let (pid, tid) = (pending.worker().pid, pending.worker().tid);
-        self.settling = Some((pid, tid));
-        let until = Instant::now() + PATIENCE;
-        let drained = loop {
-            if let Err(e) = self.reports() {
-                break Err(e);
-            }
-            if !self.catcher_busy(pid) || Instant::now() > until {
-                break Ok(());
-            }
-            std::thread::sleep(Duration::from_micros(20));
-        };
-        self.settling = None;
-        pending.finish(ret);
-        drained
-    }
-
-    /// Whether signals are on their way through a vessel's catcher.
-    fn catcher_busy(&mut self, pid: i32) -> bool {
-        let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) else {
-            return false;
-        };
-        let task = format!("/proc/{pid}/task/{}", away.vessel.catcher());
-        let Ok(status) = std::fs::read_to_string(format!("{task}/status")) else {
-            return false;
-        };
-        let value = |name: &str| {
-            status
-                .lines()
-                .find_map(|l| l.strip_prefix(name))
-                .unwrap_or("")
-                .trim()
-        };
-        // In a group-stop nothing more comes.
-        let waits = value("State:").starts_with('S') || away.frozen;
-        !waits || (!away.frozen && u64::from_str_radix(value("ShdPnd:"), 16).unwrap_or(0) != 0)
-    }
-
-    /// A timer was created whose signals are for one thread only. They would stay pending in its worker, which blocks
-    /// everything: it unblocks this one, and then the call that created the timer ends.
-    pub(crate) fn timer_created(&mut self, pending: calls::Pending, ret: i64) -> anyhow::Result<()> {
-        let Some((tid, signal)) = pending.timer_of() else {
-            pending.finish(ret);
-            return Ok(());
-        };
-        let Some(task) = self.tasks.get_mut(&tid).filter(|t| t.role == Role::Worker) else {
-            pending.finish(ret);
-            return Ok(());
-        };
-        task.unblocked |= 1 << (signal - 1);
-        task.created_timers.push((pending, ret));
-        Ok(ptrace::interrupt(tid)?)
     }
 
     /// Interrupts a call in progress: it ends in its slot with the kernel's raw restart code, or with its result when
@@ -495,7 +353,8 @@ impl Home {
         let last = !self
             .tasks
             .values()
-            .any(|t| t.pid == worker.pid && t.role == Role::Worker && t.tid != tid);
+            // A leader that ended before is still here.
+            .any(|t| t.pid == worker.pid && t.tid != tid && self.shared.worker(t.tid).is_some());
         if last {
             // The catcher would keep the process alive.
             self.post_end(&worker, libc::SYS_exit_group, code);
@@ -541,9 +400,9 @@ impl Home {
         let worker = self
             .tasks
             .values()
-            .find(|t| t.pid == pid && t.role == Role::Worker)
-            .map(|t| t.tid);
-        let (Some(target), Some(worker)) = (target, worker.and_then(|w| self.shared.worker(w))) else {
+            .filter(|t| t.pid == pid)
+            .find_map(|t| self.shared.worker(t.tid));
+        let (Some(target), Some(worker)) = (target, worker) else {
             nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
             return Ok(());
         };
@@ -609,6 +468,7 @@ impl Home {
     }
 
     pub(crate) fn move_failed(&mut self, failed: wire::MoveFailed) -> anyhow::Result<()> {
+        tracing::error!(pid = failed.pid, why = failed.why, "does not come home");
         if let Some(process) = self.processes.get_mut(&failed.pid) {
             for waiter in process.waiters.drain(..) {
                 let _ = waiter.send(Err(failed.why.clone()));

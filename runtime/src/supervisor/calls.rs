@@ -124,7 +124,13 @@ impl Call<'_> {
 
     /// Leaves the call unanswered: the tracer stops the guest, and the call is made again at home.
     fn go_home(&self, reason: StayReason) -> Result<(), NotifyError> {
-        tracing::info!(pid = self.thread.guest.pid, %reason, "goes home");
+        let guest = &self.thread.guest;
+        if matches!(reason, StayReason::Call { .. }) && guest.refused.swap(false, Ordering::AcqRel) {
+            // It was tried. To go on trying would be to stand still.
+            tracing::error!(pid = guest.pid, %reason, "cannot go home: the call fails with ENOSYS");
+            return self.respond(-i64::from(libc::ENOSYS), None);
+        }
+        tracing::info!(pid = guest.pid, %reason, "goes home");
         *self.thread.call.lock() = InCall::Held(self.notification);
         self.shared.post(Command::GoHome(self.thread.guest.pid, reason));
         Ok(())

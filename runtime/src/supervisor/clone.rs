@@ -352,8 +352,7 @@ impl Tracer {
         let thread = Arc::new(Thread::new(home, child, guest));
         self.shared.threads.write().insert(child, thread.clone());
         self.threads.insert(child, Traced::new(thread));
-        stray.cont(0)?;
-        Ok(())
+        self.resume_or_hold(child, stray)
     }
 
     /// A stopped child whose parent may have told of it.

@@ -47,6 +47,8 @@ pub struct Guest {
     pub overruns: Mutex<LruCache<i32, i32>>,
     /// Threads that have ended or are about to, as the supervisor sees them.
     pub ended: Mutex<HashSet<i32>>,
+    /// It could not go home for the call that it makes next.
+    pub refused: AtomicBool,
     /// It shares its memory with another process until that executes something or ends (vfork).
     pub shares_with: Mutex<Option<i32>>,
 }
@@ -80,6 +82,7 @@ impl Guest {
             incoming: AtomicU32::new(0),
             overruns: Mutex::new(LruCache::new(capacity)),
             ended: Mutex::default(),
+            refused: AtomicBool::new(false),
             shares_with: Mutex::new(None),
         })
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use linklayer::frame::Header;
-use linklayer::image::{Area, ProcessImage};
+use linklayer::image::{Area, AreaKind, ProcessImage};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind};
 use shim::memory::ProcessMemory;
@@ -28,8 +28,15 @@ impl Tracer {
             .values()
             .filter(|t| t.thread.guest.pid == pid)
             .peekable();
-        if threads.peek().is_none() || threads.any(|t| t.held.is_none()) {
+        let Some(first) = threads.peek().map(|t| t.thread.clone()) else {
             return Ok(());
+        };
+        let leader_ended = first.guest.ended.lock().contains(&first.guest.outer);
+        if !leader_ended && threads.any(|t| t.held.is_none()) {
+            return Ok(());
+        }
+        if leader_ended {
+            return self.went_home(pid, Err("its first thread has ended".into()));
         }
         match self.capture(pid) {
             Ok(image) => {
@@ -74,6 +81,7 @@ impl Tracer {
             }
         }
         let mut image = described?;
+        self.shares_nothing(pid, &image)?;
         image.pid = pid;
         for thread in &mut image.threads {
             if let Some(own) = self.threads.get(&thread.tid) {
@@ -82,6 +90,45 @@ impl Tracer {
             thread.tid = ids.get(&thread.tid).copied().unwrap_or(thread.tid);
         }
         Ok(image)
+    }
+
+    /// Whether no other guest sees the memory of this one: at home it would be another memory.
+    fn shares_nothing(&self, pid: i32, image: &ProcessImage) -> anyhow::Result<()> {
+        let guests = self.shared.guests.read();
+        for guest in guests.values() {
+            let with = *guest.shares_with.lock();
+            anyhow::ensure!(
+                with.is_none() || (guest.pid != pid && with != Some(pid)),
+                "its memory is that of another process (CLONE_VM)"
+            );
+        }
+        let mut shared: Vec<(u64, u64, u64)> = image
+            .areas
+            .iter()
+            .filter_map(|a| match a.kind {
+                AreaKind::SharedAnon { id, offset, .. } => Some((id, offset, offset + (a.end - a.start))),
+                _ => None,
+            })
+            .collect();
+        if shared.is_empty() {
+            return Ok(());
+        }
+        shared.sort_unstable();
+        anyhow::ensure!(
+            shared.windows(2).all(|w| w[0].0 != w[1].0 || w[0].2 <= w[1].1),
+            "it maps the same shared memory twice"
+        );
+        for guest in guests.values().filter(|g| g.pid != pid) {
+            let lines = shim::capture::map_lines(guest.memory.pid(), false).unwrap_or_default();
+            anyhow::ensure!(
+                !lines.iter().any(|l| l.shared
+                    && l.path.starts_with(b"/dev/zero")
+                    && shared.iter().any(|s| s.0 == l.ino)),
+                "it shares memory with process {}",
+                guest.pid
+            );
+        }
+        Ok(())
     }
 
     /// Home runs the process now, or it goes on here.
@@ -100,6 +147,11 @@ impl Tracer {
             }
             Err(why) => {
                 tracing::error!(pid, why, "does not go home; it goes on here");
+                if matches!(self.holds.get(&pid), Some(Hold::Home(StayReason::Call { .. })))
+                    && let Some(guest) = self.shared.guests.read().get(&pid)
+                {
+                    guest.refused.store(true, Ordering::Release);
+                }
                 let body = wire::MoveFailed { pid, why };
                 self.shared.tell(pid, Kind::MoveFailed, &wire::encode(&body));
                 self.release(pid)
@@ -165,6 +217,10 @@ fn send_pages(shared: &Shared, pid: i32, outer: i32, areas: &[Area]) -> anyhow::
                 let len = ((run.end - at) as usize).min(PAGES_BYTES);
                 let mut data = vec![0; len];
                 memory.read_forced(at, &mut data)?;
+                if matches!(area.kind, AreaKind::SharedAnon { .. }) && data.iter().all(|b| *b == 0) {
+                    at += len as u64;
+                    continue;
+                }
                 let header = Header::new(Kind::Pages as u16, pid, link.next_seq());
                 link.send(pid as u32, header, &[&at.to_le_bytes(), &data])?;
                 at += len as u64;

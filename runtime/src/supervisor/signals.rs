@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use linklayer::image::SigInfo;
+use linklayer::memory::GuestMemory;
 use linklayer::wire::{self, Kind};
 use shim::ptrace::Stopped;
 
@@ -39,6 +40,21 @@ impl Fix {
 fn timer(info: &SigInfo) -> Option<(i32, i32)> {
     let word = |i: usize| i32::from_ne_bytes([info.0[i], info.0[i + 1], info.0[i + 2], info.0[i + 3]]);
     (info.code() == libc::SI_TIMER).then(|| (word(16), word(20)))
+}
+
+/// Whether a thread waits for this signal in rt_sigtimedwait(2), which takes it out of the mask meanwhile.
+fn waits_for(thread: &Thread, sig: i32) -> bool {
+    let text = std::fs::read_to_string(format!("/proc/{}/syscall", thread.outer)).unwrap_or_default();
+    let mut words = text.split_whitespace();
+    if words.next().and_then(|w| w.parse().ok()) != Some(libc::SYS_rt_sigtimedwait) {
+        return false;
+    }
+    let address = words
+        .next()
+        .and_then(|w| u64::from_str_radix(w.trim_start_matches("0x"), 16).ok());
+    address
+        .and_then(|at| thread.guest.memory.read_u64(at).ok())
+        .is_some_and(|set| set >> (sig - 1) & 1 == 1)
 }
 
 fn same_timer(a: &SigInfo, b: &SigInfo) -> bool {
@@ -76,6 +92,7 @@ impl Tracer {
             && guest.ignores(sig)
             && thread.deliverable(None) >> (sig - 1) & 1 == 0
             && !self.blocks(thread, sig)
+            && !waits_for(thread, sig)
         {
             return Ok(());
         }

@@ -349,6 +349,9 @@ impl Tracer {
             return Ok(());
         };
         if matches!(self.holds.get(&pid), Some(Hold::Home(_))) {
+            // Another of its threads made a call that takes it home, too.
+            let threads = self.threads.values().filter(|t| t.thread.guest.pid == pid);
+            threads.for_each(|t| make_again(&t.thread));
             return Ok(());
         }
         let home = matches!(why, Hold::Home(_));
@@ -375,12 +378,7 @@ impl Tracer {
                 continue;
             }
             self.interrupt_call(&thread, None);
-            let mut call = thread.call.lock();
-            if let InCall::Held(notification) = *call {
-                // The call that takes it home: it is made again there.
-                *call = InCall::Idle;
-                guest.listener.send_result(notification, RESTARTNOINTR)?;
-            }
+            make_again(&thread);
         }
         self.all_held(pid)
     }
@@ -448,6 +446,17 @@ impl Tracer {
                     signal,
                 }),
             );
+        }
+    }
+}
+
+/// Answers the call that takes a guest home: it is made again there.
+fn make_again(thread: &Thread) {
+    let mut call = thread.call.lock();
+    if let InCall::Held(notification) = *call {
+        *call = InCall::Idle;
+        if let Err(e) = thread.guest.listener.send_result(notification, RESTARTNOINTR) {
+            tracing::debug!(tid = thread.tid, error = %e, "call that takes home");
         }
     }
 }

@@ -178,8 +178,14 @@ pub fn describe(
 ) -> Result<ProcessImage, CaptureError> {
     let mut areas = Vec::new();
     for line in map_lines(pid, true)? {
-        if line.path == b"[vsyscall]" || reserved(&line.range) {
+        let kernel = matches!(line.path.as_slice(), b"[vdso]" | b"[vvar]" | b"[vvar_vclock]");
+        if line.path == b"[vsyscall]" || (kernel && reserved(&line.range)) {
             continue;
+        }
+        if line.range.start < RESERVED.end && RESERVED.start < line.range.end {
+            return Err(CaptureError::Unsuitable(
+                "it maps memory at addresses that are kept for moving it".into(),
+            ));
         }
         areas.push(area(&line, &mut name)?);
     }

@@ -49,6 +49,10 @@ pub fn page_runs(pid: i32, area: &Area) -> io::Result<Vec<Range<u64>>> {
     if area.shared() && matches!(area.kind, AreaKind::File { .. }) {
         return Ok(Vec::new());
     }
+    if matches!(area.kind, AreaKind::SharedAnon { .. }) {
+        // What others wrote into it is not in the page tables of this process.
+        return Ok(vec![area.start..area.end]);
+    }
     let map = File::open(format!("/proc/{pid}/pagemap"))?;
     let private_file = matches!(area.kind, AreaKind::File { .. });
     match scan(&map, area, private_file) {

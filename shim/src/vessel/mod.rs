@@ -393,6 +393,7 @@ fn make_catcher(calls: &mut RemoteCalls) -> Result<Stopped, VesselError> {
     regs.rip = stub::catcher_address();
     regs.orig_rax = u64::MAX;
     stopped.set_regs(&regs)?;
-    stopped.set_sigmask(0)?;
+    // Those that workers take: the thread that the terminal stops must be the one that called.
+    stopped.set_sigmask(!WORKER_MASK)?;
     Ok(stopped)
 }
