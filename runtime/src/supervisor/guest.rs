@@ -153,6 +153,8 @@ pub struct Thread {
     pub guest: Arc<Guest>,
     /// What it is doing.
     pub call: Mutex<InCall>,
+    /// Its last notification was answered with a restart code, which is not one of the kernel's own then.
+    pub answered: AtomicBool,
     /// Signals that were queued for it here and that it has not taken yet.
     pub queued: AtomicU32,
     /// A relative sleep in progress: number, start.
@@ -170,6 +172,7 @@ impl Thread {
             outer,
             guest,
             call: Mutex::new(InCall::Idle),
+            answered: AtomicBool::new(false),
             queued: AtomicU32::new(0),
             sleep: Mutex::new(None),
             forwarded: AtomicU64::new(0),

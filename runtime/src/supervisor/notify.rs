@@ -175,6 +175,7 @@ impl Pool {
             tracing::debug!(outer, "notification of an unknown thread");
             return;
         };
+        thread.answered.store(false, Ordering::Release);
         *thread.call.lock() = InCall::Busy(notification.id);
         calls::handle(&self.shared, &thread, notification);
     }

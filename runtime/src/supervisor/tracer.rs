@@ -250,6 +250,7 @@ impl Tracer {
                 } else if regs.orig_rax as i64 >= 0
                     && regs.rax as i64 == RESTARTSYS
                     && notified(regs.orig_rax)
+                    && !traced.thread.answered.load(Ordering::Acquire)
                 {
                     // A notification that was withdrawn before anybody received it: natively the call had not begun.
                     regs.rax = RESTARTNOINTR as u64;
@@ -326,6 +327,7 @@ impl Tracer {
             guest.listener.send_result(notification, RESTARTNOINTR)?;
             return Ok(());
         }
+        traced.thread.answered.store(true, Ordering::Release);
         // Without the interrupt the kernel would hand the raw code to user code.
         ptrace::interrupt(outer)?;
         let suspend = mask.filter(|(mask, _)| traced.thread.deliverable(Some(*mask)) != 0);
