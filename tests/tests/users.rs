@@ -1,110 +1,150 @@
-//! Users: without root at either end, and several of them with root's daemons.
+//! Without root: daemons and programs of a plain user without capabilities; and jobs of several users, with the daemons
+//! root's.
 
 use std::process::Output;
 
-use tests::compare::{End, How};
+use tests::build::{Link, guest};
+use tests::compare::{Case, End, How, same};
 use tests::lab::{Lab, text};
 use tests::or_skip;
 use tests::running::Running;
 
-/// Plain users; no accounts are needed for them.
-const ONE: &str = "12345";
-const OTHER: &str = "12346";
+/// Users that no machine has.
+const ADA: u32 = 47_110;
+const BOB: u32 = 47_111;
 
-fn sh(lab: &Lab, user: &str, script: &str) -> Output {
-    lab.exec_with(1, &["--user", user])
-        .args(["sh", "-c", script])
+fn plain() -> Result<Lab, tests::skip::Skip> {
+    Lab::with(&["--nodes", "3", "--user", &ADA.to_string()])
+}
+
+/// Programs of the tests' own directories, where others can reach them.
+fn case(name: &str) -> Result<Case, tests::skip::Skip> {
+    let program = guest(name, Link::Dynamic)?;
+    // The tests' directory may be closed to others: the guest goes with the case.
+    Ok(Case::new([format!("./{name}")])
+        .tree(name, program)
+        .owner(ADA, ADA))
+}
+
+macro_rules! guests {
+    ($($name:ident),* $(,)?) => {
+        $(#[test] fn $name() {
+            let lab = or_skip!(plain());
+            let native = same(&lab, &or_skip!(case(stringify!($name))), &[How::Home, How::Away(2)]);
+            assert_eq!(native.end, End::Code(0), "natively: {native:?}");
+        })*
+    };
+}
+
+/// Guests that ask for nothing that only root has.
+mod guests {
+    use super::*;
+
+    guests! {
+        exec_forms, fds, fork_wait, locks, long_paths, memory, pipes, pollers, sessions, sigchld, signals, spawn, storms, tcp,
+        tempmask, thread_ends, threads, timers, tree, unix_sockets, vfork,
+    }
+}
+
+#[test]
+fn a_shell_and_python() {
+    let lab = or_skip!(plain());
+    let programs = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("programs");
+    let case = |file: &str, interpreter: &str| {
+        Case::new([interpreter, file])
+            .tree(file, programs.join(file))
+            .owner(ADA, ADA)
+    };
+    let native = same(&lab, &case("shell.sh", "bash"), &[How::Away(2)]);
+    assert_eq!(native.end, End::Code(42), "{native:?}");
+    let native = same(&lab, &case("python.py", "/usr/bin/python3"), &[How::Away(2)]);
+    assert_eq!(native.end, End::Code(5), "{native:?}");
+}
+
+/// No process of the user has capabilities, at either end.
+#[test]
+fn no_capabilities_anywhere() {
+    let lab = or_skip!(plain());
+    let mut running = Running::script(&lab, How::Away(2), "echo $$; read line");
+    running.number();
+    for node in [1, 2] {
+        // All but the node's first process, and those inside of user namespaces of the user's own.
+        let seen = lab.inspect(
+            node,
+            "own=$(readlink /proc/1/ns/user)
+for p in $(ps -e -o pid= | grep -v -w -e 1 -e $$); do
+    [ \"$(readlink /proc/$p/ns/user)\" = \"$own\" ] || continue
+    [ \"$(stat -c %u /proc/$p 2>/dev/null)\" = 0 ] && continue
+    echo $(grep -E '^(Uid|CapEff|CapPrm):' /proc/$p/status)
+done",
+        );
+        assert!(seen.lines().count() >= 1, "nothing runs on node {node}");
+        for line in seen.lines() {
+            assert!(
+                line.contains(&format!("Uid: {ADA} {ADA} {ADA} {ADA}")),
+                "node {node}: {seen}"
+            );
+            assert!(
+                line.contains("CapPrm: 0000000000000000 CapEff: 0000000000000000"),
+                "node {node}: {seen}"
+            );
+        }
+    }
+    running.write("\n");
+    assert_eq!(running.wait(), End::Code(0));
+}
+
+fn as_user(lab: &Lab, user: u32, words: &[&str]) -> Output {
+    let user = user.to_string();
+    lab.exec_with(1, &["--user", &user])
+        .args(words)
         .output()
         .expect("mosctl can be started")
 }
 
-fn start(lab: &Lab, user: &str) -> (Running, i32) {
-    let mut line = lab.exec_with(1, &["--user", user]);
-    line.args(How::Away(2).prefix())
-        .args(["sh", "-c", "echo $$; read line; id -u; read line"]);
-    let mut running = Running::spawn(line);
-    let pid = running.number();
-    (running, pid)
-}
-
-/// Neither the daemons nor mosrun have a capability; everything goes its way nevertheless.
-#[test]
-fn without_root_at_both_ends() {
-    let lab = or_skip!(Lab::with(&["--nodes", "2", "--user", ONE]));
-    let script = "
-grep CapEff /proc/self/status; id -u; umask 027
-d=$(mktemp -d) && cd $d && echo text > file && cat file | tr a-z A-Z && ls -l | cut -c1-10
-(trap 'echo caught; exit 3' USR1; kill -USR1 $BASHPID; sleep 10); echo $?
-sleep 1000 & kill $!; wait $!; echo $?
-cd / && rm -r $d; kill -QUIT $$";
-    let run = |how: How| {
-        let mut command = lab.exec(1);
-        command.args(how.prefix()).args(["bash", "-c", script]);
-        command.output().expect("mosctl can be started")
-    };
-    let (native, away) = (run(How::Native), run(How::Away(2)));
-    assert!(
-        text(&native).contains("CapEff:\t0000000000000000"),
-        "{}",
-        text(&native)
-    );
-    assert_eq!(text(&native), text(&away));
-
-    let (mut running, pid) = start(&lab, ONE);
-    let moved = sh(&lab, ONE, &format!("mosmigrate {pid} home && mosps"));
-    assert!(text(&moved).contains("home"), "{}", text(&moved));
-    running.write("\n");
-    assert_eq!(running.line(), ONE);
-    assert_eq!(running.wait(), End::Code(1));
-}
-
-/// A program with another user's privileges has them: it runs at home, and nobody traces it.
-#[test]
-fn programs_with_privileges_have_them() {
-    let lab = or_skip!(Lab::with(&["--nodes", "2", "--user", ONE]));
-    let place = tests::compare::Place::new();
-    let program = place.path().with_extension("id");
-    std::fs::copy("/usr/bin/id", &program).expect("a copy of id");
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o4755);
-    std::fs::set_permissions(&program, mode).expect("its mode");
-    let output = sh(&lab, ONE, &format!("mosrun -r 2 {} -u", program.display()));
-    assert_eq!(
-        String::from_utf8_lossy(&output.stdout),
-        "0\n",
-        "{}",
-        text(&output)
-    );
-}
-
-/// Jobs of two users on the same nodes neither see nor touch each other.
+/// The daemons are root's, and each job is its user's, at home and away.
 #[test]
 fn two_users() {
     let lab = or_skip!(Lab::with(&["--nodes", "2"]));
-    let (mut first, pid) = start(&lab, ONE);
-    let (mut second, other) = start(&lab, OTHER);
-    for (user, own, foreign) in [(ONE, pid, other), (OTHER, other, pid)] {
-        let list = text(&sh(&lab, user, "mosps --json")).replace(char::is_whitespace, "");
-        assert!(list.contains(&format!("\"pid\":{own},")), "{list}");
-        assert!(!list.contains(&format!("\"pid\":{foreign},")), "{list}");
-        for forbidden in ["mosmigrate PID home", "kill PID", "cat /proc/PID/environ"] {
-            let output = sh(&lab, user, &forbidden.replace("PID", &foreign.to_string()));
-            assert!(!output.status.success(), "{forbidden}: {}", text(&output));
-        }
+    let start = |user: u32| {
+        let user = user.to_string();
+        let mut command = lab.exec_with(1, &["--user", &user]);
+        command.args([
+            "mosrun",
+            "-r",
+            "2",
+            "--",
+            "bash",
+            "-c",
+            "echo $$; id -u; read line; exit 5",
+        ]);
+        Running::spawn(command)
+    };
+    let mut jobs = [start(ADA), start(BOB)];
+    let pids: Vec<_> = jobs.iter_mut().map(Running::number).collect();
+    assert_eq!(
+        jobs.iter_mut().map(|j| j.number() as u32).collect::<Vec<_>>(),
+        [ADA, BOB]
+    );
+    // Away, what holds a guest runs as the guest's user.
+    let seen = lab.inspect(2, "ps -e -o uid=");
+    for user in [ADA, BOB] {
+        assert!(
+            seen.lines().any(|l| l.trim() == user.to_string()),
+            "nothing of {user} on node 2: {seen}"
+        );
     }
-    // On the other node all of a job belongs to its user.
-    let there = lab.inspect(2, "ps -e -o uid=,comm=");
-    for user in [ONE, OTHER] {
-        for name in ["mosd-supervise", "sh"] {
-            let found = there
-                .lines()
-                .filter(|l| l.split_whitespace().eq([user, name]))
-                .count();
-            assert_eq!(found, 1, "{user} {name}: {there}");
-        }
-    }
-    for (running, user) in [(&mut first, ONE), (&mut second, OTHER)] {
-        running.write("\n");
-        assert_eq!(running.line(), user);
-        assert_eq!(running.wait(), End::Code(1));
+    // Neither sees or moves the other's.
+    let list = as_user(&lab, ADA, &["mosps", "--json"]);
+    let list: Vec<serde_json::Value> = serde_json::from_slice(&list.stdout).expect("JSON");
+    let listed: Vec<_> = list.iter().map(|p| p["pid"].as_i64().unwrap() as i32).collect();
+    assert_eq!(listed, [pids[0]]);
+    let moved = as_user(&lab, ADA, &["mosmigrate", &pids[1].to_string(), "home"]);
+    assert!(!moved.status.success(), "{}", text(&moved));
+    let killed = as_user(&lab, ADA, &["sh", "-c", &format!("kill {}", pids[1])]);
+    assert!(!killed.status.success(), "{}", text(&killed));
+    for job in &mut jobs {
+        job.write("\n");
+        assert_eq!(job.wait(), End::Code(5));
     }
 }
