@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -62,10 +62,11 @@ impl Server {
             }
         }
         std::fs::copy(at("user.pub"), at("authorized")).map_err(keys)?;
-        // sshd looks at the directories above a file of keys, and /tmp is everybody's: StrictModes is off.
+        // sshd looks at the directories above a file of keys, and /tmp is everybody's: StrictModes is off. What root's shell reads
+        // when it starts is not to count: another HOME.
         let text = format!(
             "Port {PORT}\nListenAddress {NODE_2}\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized\nPidFile none\n\
-             StrictModes no\nUsePAM no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n",
+             StrictModes no\nUsePAM no\nLogLevel QUIET\nSetEnv HOME=/\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n",
             directory.path().display()
         );
         let configuration = at("sshd_config");
@@ -117,11 +118,11 @@ impl Client {
             directory: directory.into(),
         };
         let deadline = Instant::now() + Duration::from_secs(10);
-        while !client.full().status()?.success() {
+        while !client.full().stderr(Stdio::null()).status()?.success() {
             ensure!(Instant::now() < deadline, "sshd does not answer");
             std::thread::sleep(Duration::from_millis(100));
         }
-        let mut master = client.ssh();
+        let mut master = client.sharing();
         master.args(["-o", "ControlMaster=yes", "-o", "ControlPersist=yes"]);
         let opened = master.args([NODE_2, "true"]).status().context("ssh")?;
         ensure!(opened.success(), "no connection to share: {opened}");
@@ -145,22 +146,27 @@ impl Client {
             .arg(format!(
                 "UserKnownHostsFile={}",
                 self.directory.join("known").display()
-            ))
-            .arg("-o")
-            .arg(format!("ControlPath={}", self.directory.join("shared").display()));
+            ));
         command
     }
 
     /// `ssh node true` with a connection of its own.
     pub fn full(&self) -> Command {
         let mut command = self.ssh();
-        command.args(["-o", "ControlPath=none", NODE_2, "true"]);
+        command.args([NODE_2, "true"]);
+        command
+    }
+
+    fn sharing(&self) -> Command {
+        let mut command = self.ssh();
+        let path = self.directory.join("shared");
+        command.arg("-o").arg(format!("ControlPath={}", path.display()));
         command
     }
 
     /// ... over the shared connection.
     pub fn shared(&self) -> Command {
-        let mut command = self.ssh();
+        let mut command = self.sharing();
         command.args([NODE_2, "true"]);
         command
     }
@@ -169,9 +175,9 @@ impl Client {
 impl Drop for Client {
     fn drop(&mut self) {
         let _ = self
-            .ssh()
+            .sharing()
             .args(["-O", "exit", NODE_2])
-            .stderr(std::process::Stdio::null())
+            .stderr(Stdio::null())
             .status();
     }
 }
