@@ -51,7 +51,7 @@ pub fn page_runs(pid: i32, area: &Area) -> io::Result<Vec<Range<u64>>> {
     }
     if matches!(area.kind, AreaKind::SharedAnon { .. }) {
         // What others wrote into it is not in the page tables of this process.
-        return Ok(vec![area.start..area.end]);
+        return Ok(std::iter::once(area.start..area.end).collect());
     }
     let map = File::open(format!("/proc/{pid}/pagemap"))?;
     let private_file = matches!(area.kind, AreaKind::File { .. });
