@@ -39,6 +39,7 @@ impl Contact {
             Kind::ExitGroup => shared.post(Command::ExitGroup(reply, body::<wire::ExitCode>(&payload)?.0)),
             Kind::Died => shared.post(Command::Died(body(&payload)?)),
             Kind::Interrupt => shared.post(Command::Interrupt(body(&payload)?)),
+            Kind::Clock => reply.send(&[&wire::encode(&shim::capture::clocks())]),
             Kind::FileRead => {
                 let r: wire::FileRead = body(&payload)?;
                 let shared = shared.clone();

@@ -437,13 +437,25 @@ pub struct Limit {
     pub hard: u64,
 }
 
-/// What the process's clocks showed at the capture, nanoseconds.
+/// What the clocks of a node show that continue home's on others, nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
 pub struct Clocks {
     /// CLOCK_MONOTONIC
     pub monotonic_ns: i64,
     /// CLOCK_BOOTTIME
     pub boottime_ns: i64,
+}
+
+impl std::ops::Sub for Clocks {
+    type Output = Clocks;
+
+    /// How far the first ones are ahead.
+    fn sub(self, other: Clocks) -> Clocks {
+        Clocks {
+            monotonic_ns: self.monotonic_ns.saturating_sub(other.monotonic_ns),
+            boottime_ns: self.boottime_ns.saturating_sub(other.boottime_ns),
+        }
+    }
 }
 
 /// A whole process, without the contents of its pages.
@@ -469,8 +481,6 @@ pub struct ProcessImage {
     pub personality: u32,
     /// PR_GET_DUMPABLE
     pub dumpable: u32,
-    /// clock readings
-    pub clocks: Clocks,
     /// how the CPU lays out the threads' extended register state
     pub xstate_layout: Vec<XstateComponent>,
     /// the bytes of the vDSO area, so that a node with another kernel can take its place; empty: not told
@@ -579,7 +589,6 @@ mod tests {
             rlimits: Vec::new(),
             personality: 0,
             dumpable: 1,
-            clocks: Clocks::default(),
             xstate_layout: Vec::new(),
             vdso: Vec::new(),
         }

@@ -86,6 +86,8 @@ pub enum Kind {
     Hello = 39,
     /// Deputy to supervisor: the job is over; kill what is left and end.
     End = 40,
+    /// Supervisor to deputy: what do home's clocks show (empty body); answer [`Clocks`](crate::image::Clocks).
+    Clock = 43,
     /// Supervisor to deputy: the guests that were created are running ([`Pid`]); a clone's parent was released.
     Cloned = 41,
 }
@@ -94,7 +96,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_u16(n: u16) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 29] = [
+        const ALL: [Kind; 30] = [
             Call,
             Clone,
             Exec,
@@ -124,6 +126,7 @@ impl Kind {
             Cloned,
             LaunchBuild,
             ReadProc,
+            Clock,
         ];
         ALL.into_iter().find(|k| *k as u16 == n)
     }
@@ -424,7 +427,7 @@ mod tests {
             }
         }
         assert!(Kind::from_u16(0).is_none());
-        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 29);
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 30);
     }
 
     #[test]

@@ -34,7 +34,6 @@ fn test_image() -> linklayer::image::ProcessImage {
         rlimits: Vec::new(),
         personality: 0,
         dumpable: 1,
-        clocks: Default::default(),
         xstate_layout: Vec::new(),
         vdso: Vec::new(),
     }

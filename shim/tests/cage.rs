@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::time::{ClockId, clock_gettime};
 use shim::cage::{Blank, Cage, CageError, CageOptions, GATE_PAGE};
 use support::{Tracee, as_each_user, children, status_field, wait_until};
 
@@ -210,12 +211,18 @@ fn more_descriptors_than_one_message_takes() {
     kill_and_reap(&plain);
 }
 
+fn now_ns(clock: ClockId) -> i64 {
+    let now = clock_gettime(clock).unwrap();
+    now.tv_sec() * 1_000_000_000 + now.tv_nsec()
+}
+
 #[test]
 fn clocks_continue_at_the_values_of_home() {
     as_each_user(|| {
+        let ahead = |clock, home_s: i64| home_s * 1_000_000_000 - now_ns(clock);
         let cage = Cage::new(CageOptions {
-            monotonic_ns: 1_000_000_123_456_789,
-            boottime_ns: 2_000_000_987_654_321,
+            monotonic_ahead_ns: ahead(ClockId::CLOCK_MONOTONIC, 1_000_000),
+            boottime_ahead_ns: ahead(ClockId::CLOCK_BOOTTIME, 2_000_000),
             ..options()
         })
         .unwrap();
@@ -233,7 +240,7 @@ fn clocks_continue_at_the_values_of_home() {
         guest.kill();
     });
     let negative = Cage::new(CageOptions {
-        monotonic_ns: -1,
+        monotonic_ahead_ns: -2 * now_ns(ClockId::CLOCK_MONOTONIC),
         ..options()
     });
     assert!(matches!(negative, Err(CageError::Option(_))));

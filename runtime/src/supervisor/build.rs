@@ -35,14 +35,18 @@ impl Tracer {
 
     fn build_guest(&mut self, build: Build) -> anyhow::Result<()> {
         let Build {
-            launch, pages, files, ..
+            launch,
+            pages,
+            files,
+            ahead,
+            ..
         } = build;
         let image = launch.image;
         let pid = image.pid;
         if self.cage.is_none() {
             let options = CageOptions {
-                monotonic_ns: image.clocks.monotonic_ns,
-                boottime_ns: image.clocks.boottime_ns,
+                monotonic_ahead_ns: ahead.monotonic_ns,
+                boottime_ahead_ns: ahead.boottime_ns,
                 hostname: String::from_utf8_lossy(&launch.hostname).into_owned(),
                 nice: self.config.limits.nice.clamp(0, 19),
                 uid: self.config.uid,

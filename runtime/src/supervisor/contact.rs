@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use linklayer::frame::Header;
+use linklayer::image::Clocks;
 use linklayer::quic::{Handler, Link, LinkError};
 use linklayer::wire::{self, Kind};
 use parking_lot::Mutex;
@@ -23,6 +24,8 @@ pub struct Build {
     pub pages: Vec<(u64, Vec<u8>)>,
     /// The files it maps, by number.
     pub files: HashMap<u64, Arc<Stored>>,
+    /// How far home's clocks are ahead of this node's.
+    pub ahead: Clocks,
     /// Where to say how it went.
     pub answer: Answer,
 }
@@ -152,11 +155,19 @@ impl Contact {
                     }
                 };
             }
+            let ahead = match shared.clocks_ahead() {
+                Ok(ahead) => ahead,
+                Err(e) => {
+                    let refused = format!("home's clocks: {e}");
+                    return shared.answer(&answer, &wire::encode(&wire::LaunchReady { refused }));
+                }
+            };
             let (launch, pages) = (incoming.launch, incoming.pages);
             shared.post(Command::Build(Box::new(Build {
                 launch,
                 pages,
                 files,
+                ahead,
                 answer,
             })));
         });

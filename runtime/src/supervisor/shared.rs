@@ -6,11 +6,12 @@ use std::sync::{Arc, OnceLock};
 
 use crossbeam_channel::Sender;
 use linklayer::frame::Header;
+use linklayer::image::Clocks;
 use linklayer::quic::{Link, LinkError};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind};
 use nix::sys::eventfd::EventFd;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use super::files::FileStore;
 use super::guest::{Guest, Thread};
@@ -88,7 +89,11 @@ pub struct Shared {
     pub topology_of_home: AtomicBool,
     /// Calls that only home can execute fail with ENOSYS.
     pub refuse_homeward: AtomicBool,
+    ahead: Mutex<Option<Clocks>>,
 }
+
+/// How often home is asked for its clocks; the answer that came the soonest counts.
+const CLOCK_SAMPLES: u32 = 8;
 
 impl Shared {
     /// Shared state without a contact yet.
@@ -106,6 +111,7 @@ impl Shared {
             cache_invalidations: AtomicU64::new(0),
             topology_of_home: AtomicBool::new(false),
             refuse_homeward: AtomicBool::new(false),
+            ahead: Mutex::new(None),
         }
     }
 
@@ -184,6 +190,36 @@ impl Shared {
             len: body.len() as u32,
         };
         Ok(link.call(lane as u32, header, &[body])?.1)
+    }
+
+    /// How far home's clocks are ahead of this node's, measured once. It is wrong by less than half of a round trip, and a
+    /// move takes several: no process sees its clock go back when it moves.
+    ///
+    /// # Errors
+    /// The contact is lost, or home answers nonsense.
+    pub fn clocks_ahead(&self) -> std::io::Result<Clocks> {
+        let mut known = self.ahead.lock();
+        if let Some(ahead) = *known {
+            return Ok(ahead);
+        }
+        let mut best: Option<(i64, Clocks)> = None;
+        for _ in 0..CLOCK_SAMPLES {
+            let before = shim::capture::clocks();
+            let answer = self.ask(0, 0, Kind::Clock, &[]).map_err(std::io::Error::other)?;
+            let after = shim::capture::clocks();
+            let home: Clocks = wire::decode(&answer).map_err(std::io::Error::other)?;
+            let trip_ns = (after - before).monotonic_ns;
+            if best.is_none_or(|(least, _)| trip_ns < least) {
+                let ahead = home - before;
+                let there = Clocks {
+                    monotonic_ns: ahead.monotonic_ns.saturating_sub(trip_ns / 2),
+                    boottime_ns: ahead.boottime_ns.saturating_sub(trip_ns / 2),
+                };
+                best = Some((trip_ns, there));
+            }
+        }
+        *known = best.map(|(_, ahead)| ahead);
+        Ok(known.unwrap_or_default())
     }
 
     /// A range of one of home's files.

@@ -55,10 +55,10 @@ pub struct Limit {
 /// What a cage is to look like.
 #[derive(Debug, Clone, Default)]
 pub struct CageOptions {
-    /// What CLOCK_MONOTONIC shows at home now, nanoseconds; 0: this node's clock.
-    pub monotonic_ns: i64,
-    /// What CLOCK_BOOTTIME shows at home now, nanoseconds; 0: this node's clock.
-    pub boottime_ns: i64,
+    /// How far home's CLOCK_MONOTONIC is ahead of this process's, nanoseconds.
+    pub monotonic_ahead_ns: i64,
+    /// How far home's CLOCK_BOOTTIME is ahead of this process's, nanoseconds.
+    pub boottime_ahead_ns: i64,
     /// The host name inside, at most 64 bytes.
     pub hostname: String,
     /// The user id inside; outside it is the supervisor's own.
@@ -424,7 +424,7 @@ impl Drop for Cage {
 /// The text for timens_offsets: this process's own offsets and what is missing to home's clocks. The kernel counts from the
 /// initial time namespace.
 fn clock_text(options: &CageOptions) -> Result<Option<CString>, CageError> {
-    if options.monotonic_ns == 0 && options.boottime_ns == 0 {
+    if options.monotonic_ahead_ns == 0 && options.boottime_ahead_ns == 0 {
         return Ok(None);
     }
     let own = std::fs::read_to_string("/proc/self/timens_offsets").map_err(|source| CageError::Os {
@@ -432,19 +432,16 @@ fn clock_text(options: &CageOptions) -> Result<Option<CString>, CageError> {
         source,
     })?;
     let mut text = String::new();
-    for (name, clock, home_ns) in [
-        ("monotonic", ClockId::CLOCK_MONOTONIC, options.monotonic_ns),
-        ("boottime", ClockId::CLOCK_BOOTTIME, options.boottime_ns),
+    for (name, clock, ahead_ns) in [
+        ("monotonic", ClockId::CLOCK_MONOTONIC, options.monotonic_ahead_ns),
+        ("boottime", ClockId::CLOCK_BOOTTIME, options.boottime_ahead_ns),
     ] {
-        if home_ns < 0 {
-            return Err(CageError::Option("a clock of home is negative"));
-        }
-        if home_ns == 0 {
-            continue;
-        }
         let now = clock_gettime(clock).map_err(os("clock_gettime"))?;
         let now_ns = i128::from(now.tv_sec()) * 1_000_000_000 + i128::from(now.tv_nsec());
-        let total = offset_in(&own, name) + i128::from(home_ns) - now_ns;
+        if now_ns + i128::from(ahead_ns) < 0 {
+            return Err(CageError::Option("a clock of home is negative"));
+        }
+        let total = offset_in(&own, name) + i128::from(ahead_ns);
         let (secs, nanos) = (total.div_euclid(1_000_000_000), total.rem_euclid(1_000_000_000));
         text.push_str(&format!("{name} {secs} {nanos}\n"));
     }

@@ -29,9 +29,9 @@ fn last<T>(ret: i64, value: T) -> io::Result<T> {
     }
 }
 
-fn new_cage(monotonic_ns: i64) -> Result<Cage, CageError> {
+fn new_cage(monotonic_ahead_ns: i64) -> Result<Cage, CageError> {
     Cage::new(CageOptions {
-        monotonic_ns,
+        monotonic_ahead_ns,
         hostname: "probe".into(),
         uid: 1000,
         gid: 1000,
@@ -48,8 +48,8 @@ fn kill_and_reap(blank: &Blank) {
 }
 
 /// Runs `trial` in a cage.
-fn caged(monotonic_ns: i64, trial: impl FnOnce(&Cage) -> Result<Outcome, CageError>) -> Outcome {
-    let cage = match new_cage(monotonic_ns) {
+fn caged(monotonic_ahead_ns: i64, trial: impl FnOnce(&Cage) -> Result<Outcome, CageError>) -> Outcome {
+    let cage = match new_cage(monotonic_ahead_ns) {
         Ok(cage) => cage,
         Err(e) => return Outcome::Missing(e.to_string()),
     };
