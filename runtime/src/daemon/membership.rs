@@ -92,14 +92,16 @@ fn carry_out(node: &Arc<Node>, foca: &Protocol, out: &mut AccumulatingRuntime<Go
             continue;
         }
         if table.alive(id) {
-            renewed.push(id.number);
+            renewed.push((id.number, id.generation));
         }
         if member.state() == State::Suspect {
             table.suspect(id.number, id.generation);
         }
     }
     drop(table);
-    renewed.into_iter().for_each(|number| node.peers.forget(number));
+    for (number, generation) in renewed {
+        node.peers.forget(number, generation);
+    }
 }
 
 fn note(node: &Node, notification: &OwnedNotification<GossipId>) {
@@ -110,7 +112,7 @@ fn note(node: &Node, notification: &OwnedNotification<GossipId>) {
         OwnedNotification::MemberDown(id) => {
             tracing::info!("node {} ({}) is down", id.number, id.name);
             node.table.lock().down(id.number, id.generation);
-            node.peers.forget(id.number);
+            node.peers.forget(id.number, id.generation + 1);
         }
         OwnedNotification::Rejoin(id) => {
             tracing::warn!(

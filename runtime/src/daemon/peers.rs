@@ -110,7 +110,8 @@ fn connection_error(addr: SocketAddr, source: ConnectionError) -> PeerError {
 
 #[derive(Debug, Default)]
 struct Peer {
-    current: Mutex<Option<Connection>>,
+    /// The connection, and which life of the node it leads to.
+    current: Mutex<Option<(Connection, u64)>>,
     dialling: tokio::sync::Mutex<()>,
     waiting: Mutex<VecDeque<Bytes>>,
     not_before: Mutex<Option<Instant>>,
@@ -119,10 +120,10 @@ struct Peer {
 impl Peer {
     fn connection(&self) -> Option<Connection> {
         let mut current = self.current.lock();
-        if current.as_ref().is_some_and(|c| c.close_reason().is_some()) {
+        if current.as_ref().is_some_and(|(c, _)| c.close_reason().is_some()) {
             *current = None;
         }
-        current.clone()
+        current.as_ref().map(|(c, _)| c.clone())
     }
 }
 
@@ -146,22 +147,24 @@ impl Peers {
         self.map.lock().entry(number).or_default().clone()
     }
 
-    /// Takes up a connection that [`Node::dial`] made, unless there is one already.
-    pub fn adopt(&self, number: u32, connection: Connection) {
+    /// Takes up a connection that [`Node::dial`] made to this life of a node, unless there is one already.
+    pub fn adopt(&self, number: u32, generation: u64, connection: Connection) {
         let peer = self.peer(number);
         if peer.connection().is_none() {
-            *peer.current.lock() = Some(connection);
+            *peer.current.lock() = Some((connection, generation));
         } else {
             connection.close(0u32.into(), b"");
         }
     }
 
-    /// Drops the connection to a node, which has another life now or is down.
-    pub fn forget(&self, number: u32) {
-        let Some(peer) = self.map.lock().remove(&number) else {
+    /// Drops the connection to a node if it leads to a life before `generation`. One that leads to a later life may carry
+    /// requests already: that node can be talked to before the membership protocol knows of its return.
+    pub fn forget(&self, number: u32, generation: u64) {
+        let Some(peer) = self.map.lock().get(&number).cloned() else {
             return;
         };
-        if let Some(connection) = peer.current.lock().take() {
+        let mut current = peer.current.lock();
+        if let Some((connection, _)) = current.take_if(|(_, of)| *of < generation) {
             connection.close(0u32.into(), b"");
         }
     }
@@ -214,9 +217,9 @@ impl Node {
             return Ok(connection);
         }
         match self.dial(addr, Some(number)).await {
-            Ok((connection, _)) => {
+            Ok((connection, introduction)) => {
                 *peer.not_before.lock() = None;
-                *peer.current.lock() = Some(connection.clone());
+                *peer.current.lock() = Some((connection.clone(), introduction.id.generation));
                 for bytes in peer.waiting.lock().drain(..) {
                     let _ = connection.send_datagram(bytes);
                 }

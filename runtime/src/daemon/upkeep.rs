@@ -127,7 +127,8 @@ pub async fn look_for_nodes(node: Arc<Node>) {
 /// Calls on an address, and tells the membership protocol who lives there.
 async fn contact(node: &Arc<Node>, addr: SocketAddr, number: Option<u32>) -> Result<(), PeerError> {
     let (connection, introduction) = node.dial(addr, number).await?;
-    node.peers.adopt(introduction.id.number, connection);
+    let id = &introduction.id;
+    node.peers.adopt(id.number, id.generation, connection);
     if introduction.id.number != node.id.number {
         let _ = node.gossip.send(Event::Announce(introduction.id)).await;
     }
