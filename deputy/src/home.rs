@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use nix::sys::signal::{SigSet, Signal};
@@ -33,6 +33,8 @@ pub struct Home {
     pub(crate) arena: shim::vessel::Arena,
     /// The process and thread whose call ends only when the signals that it sent have been relayed.
     pub(crate) settling: Option<(i32, i32)>,
+    /// Who is told that the job was let go, while that is being done.
+    pub(crate) releasing: Option<Sender<Result<(), String>>>,
 }
 
 impl Home {
@@ -55,12 +57,17 @@ impl Home {
             strays: HashMap::new(),
             arena: shim::vessel::Arena::new()?,
             settling: None,
+            releasing: None,
         })
     }
 
-    /// Options for every tracee.
+    /// Options for processes at home: they go on when their deputy ends.
     pub fn options() -> ptrace::Options {
-        // Without its deputy a vessel would wait for ever.
+        ptrace::usual_options()
+    }
+
+    /// Options for vessels: without its deputy one would wait for ever.
+    pub fn vessel_options() -> ptrace::Options {
         ptrace::usual_options() | ptrace::Options::PTRACE_O_EXITKILL
     }
 
@@ -73,7 +80,7 @@ impl Home {
     ///
     /// # Errors
     /// Those of poll(2) and waitpid(2), which leave the job without a deputy: its processes are then killed
-    /// (PTRACE_O_EXITKILL).
+    /// (PTRACE_O_EXITKILL) where they are vessels, and run on where they are at home.
     pub fn run(&mut self) -> anyhow::Result<()> {
         while !self.tasks.is_empty() {
             let mut fds = [
@@ -93,6 +100,9 @@ impl Home {
                 self.command(command);
                 self.reports()?;
             }
+        }
+        if let Some(done) = self.releasing.take() {
+            let _ = done.send(Ok(()));
         }
         Ok(())
     }
@@ -147,6 +157,9 @@ impl Home {
 
     /// A thread of a process that runs at home.
     fn native_stop(&mut self, pid: i32, tid: i32, stopped: Stopped) -> anyhow::Result<()> {
+        if self.releasing.is_some() {
+            return self.detach(stopped);
+        }
         match stopped.stop() {
             Stop::Signal(sig) => {
                 if sig == nix::libc::SIGTRAP && self.at_entry(pid, &stopped)? {
@@ -265,6 +278,7 @@ impl Home {
             Command::Action(a) => self.action(a),
             Command::Out(pid, node, done, tries) => self.send_out(pid, node, done, tries),
             Command::Bring(pid, reason, done) => self.bring(pid, reason, done),
+            Command::Release(done) => self.release_job(done),
             Command::Settle(pending, ret) => self.settle(*pending, ret),
             Command::Unblock(pending, ret) => self.unblock(*pending, ret),
             Command::Lost(node, why) => self.lost(node, &why),

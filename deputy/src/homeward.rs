@@ -102,7 +102,8 @@ impl Home {
                 worker.slot.abandon();
             }
         }
-        let running = away.vessel.resume(&coming.image)?;
+        let mut running = away.vessel.resume(&coming.image)?;
+        crate::vessel::set_options(&mut running, Home::options());
         for tid in tids {
             let task = self.tasks.remove(&tid);
             // The catcher has ended; the process does not wait for the report of that.

@@ -51,6 +51,9 @@ impl Home {
             return Ok(());
         };
         process.discard_guest();
+        if process.node() != 0 {
+            stopped.set_options(Home::options())?;
+        }
         process.mode = Mode::Native;
         process.breakpoint = None;
         process.stay = Some(StayReason::StartedHome);

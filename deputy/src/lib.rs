@@ -2,6 +2,7 @@
 //!
 //! [`serve`] is a deputy's life. It seizes the job's first process and ends when its last one has ended.
 
+mod adopt;
 pub mod calls;
 mod contact;
 mod entry;
@@ -23,6 +24,7 @@ use linklayer::wire::{self, Kind};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, Signal};
 
+pub use adopt::LeftOut;
 pub use shared::{Cluster, Command, ProcessView, Shared};
 
 /// A deputy that has not seized anybody yet.
@@ -63,6 +65,15 @@ impl Deputy {
         shim::ptrace::seize(pid, home::Home::options()).context("the program cannot be traced")?;
         self.home.adopt_first(pid);
         Ok(())
+    }
+
+    /// Becomes the tracer of a process that runs already, with all its threads and descendants; gives the descendants that
+    /// were left out, with reasons.
+    ///
+    /// # Errors
+    /// When the process itself may not be traced; it is as it was.
+    pub fn adopt(&mut self, pid: i32) -> anyhow::Result<Vec<LeftOut>> {
+        self.home.adopt_tree(pid)
     }
 
     /// Serves the job to its end, then ends its supervisors.

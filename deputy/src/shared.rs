@@ -104,6 +104,8 @@ pub enum Command {
     /// Move a process to a node; the answer tells when it runs there, or why it does not. The last is for the tracer
     /// itself: how often it is still tried.
     Out(i32, u32, Sender<Result<(), String>>, Option<u32>),
+    /// Let all processes of the job go, and end; the answer tells when that is done, or why it is not.
+    Release(Sender<Result<(), String>>),
     /// The contact to a supervisor is gone.
     Lost(u32, String),
 }

@@ -47,9 +47,13 @@ impl Home {
     pub(crate) fn empty(
         &mut self,
         pid: i32,
-        threads: Vec<Stopped>,
+        mut threads: Vec<Stopped>,
     ) -> Result<Vessel, (Vec<Stopped>, shim::vessel::VesselError)> {
-        let (vessel, parts) = Vessel::convert_all(threads, &self.arena)?;
+        set_options(&mut threads, Home::vessel_options());
+        let (vessel, parts) = Vessel::convert_all(threads, &self.arena).map_err(|(mut whole, e)| {
+            set_options(&mut whole, Home::options());
+            (whole, e)
+        })?;
         for (tid, slot) in parts.workers {
             self.add_worker(pid, tid, slot);
         }
@@ -475,6 +479,15 @@ impl Home {
             }
         }
         Ok(())
+    }
+}
+
+/// Gives threads these options. One that is gone needs none.
+pub(crate) fn set_options(threads: &mut [Stopped], options: ptrace::Options) {
+    for thread in threads {
+        if let Err(e) = thread.set_options(options) {
+            tracing::debug!(tid = thread.tid(), error = %e, "options");
+        }
     }
 }
 

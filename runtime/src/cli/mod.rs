@@ -1,6 +1,7 @@
 //! The command lines of our programs: one definition each, from which parsing, help, man pages and shell completions
 //! come; and what the verbs of `mosctl` do.
 
+pub mod adopt;
 pub mod cluster;
 pub mod docs;
 pub mod info;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Command, CommandFactory, Parser, Subcommand};
 
+use super::adopt::{AdoptArgs, ReleaseArgs};
 use super::cluster::ClusterCommand;
 use super::docs::{CompletionsArgs, ManArgs};
 use super::info::{CheckArgs, SyscallsArgs};
@@ -35,6 +36,8 @@ enum Verb {
     Migrate(MigrateArgs),
     #[command(visible_alias = "mosmon")]
     Mon(MonArgs),
+    Adopt(AdoptArgs),
+    Release(ReleaseArgs),
     Check(CheckArgs),
     Syscalls(SyscallsArgs),
     Lab(LabCommand),
@@ -119,6 +122,8 @@ fn run(verb: Verb) -> ExitCode {
         Verb::Ps(args) => args.run(),
         Verb::Migrate(args) => args.run(),
         Verb::Mon(args) => args.run(),
+        Verb::Adopt(args) => args.run(),
+        Verb::Release(args) => args.run(),
         Verb::Check(args) => args.run(),
         Verb::Syscalls(args) => args.run(),
         Verb::Man(args) => args.run(),

@@ -36,7 +36,7 @@ pub enum JobError {
     OutOfTurn,
     /// No job has such a process.
     #[error(
-        "process {0} belongs to no job of yours; `mosps` lists those that do (a program takes part when it is started with mosrun)"
+        "process {0} belongs to no job of yours; `mosps` lists those that do (a program takes part when it is started with mosrun, or taken up with `mosctl adopt`)"
     )]
     NoSuchProcess(u32),
 }
@@ -75,6 +75,17 @@ pub fn list(path: &Path) -> Result<JobInfo, JobError> {
 /// See [`JobError`].
 pub fn migrate(path: &Path, pid: u32, to: u32) -> Result<(), JobError> {
     match ask(path, &JobRequest::Migrate { pid, to }, MIGRATE_TIMEOUT)? {
+        JobAnswer::Done => Ok(()),
+        _ => Err(JobError::OutOfTurn),
+    }
+}
+
+/// Asks the job at `path` to let its processes go; returns when they are free.
+///
+/// # Errors
+/// See [`JobError`].
+pub fn release(path: &Path) -> Result<(), JobError> {
+    match ask(path, &JobRequest::Release, MIGRATE_TIMEOUT)? {
         JobAnswer::Done => Ok(()),
         _ => Err(JobError::OutOfTurn),
     }
@@ -176,6 +187,9 @@ mod tests {
                 Err(format!("{pid} stays"))
             }
         }
+        fn release(&self) -> Result<(), String> {
+            Err("13 is away".into())
+        }
     }
 
     fn fake() -> Fake {
@@ -220,6 +234,7 @@ mod tests {
         assert_eq!((&*path, &job, pid), (server.path(), &info, 12));
         migrate(&path, pid, HOME).unwrap();
         assert!(matches!(migrate(&path, pid, 3), Err(JobError::Refused(why)) if why == "12 stays"));
+        assert!(matches!(release(&path), Err(JobError::Refused(why)) if why == "13 is away"));
         assert!(matches!(find(&dirs, 99), Err(JobError::NoSuchProcess(99))));
         drop(server);
         assert!(!path.exists());

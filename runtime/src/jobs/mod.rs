@@ -83,6 +83,8 @@ pub enum Arrival {
     Inherited,
     /// Somebody asked for it (`mosmigrate`).
     Asked,
+    /// It was started without a deputy and put under one (`mosctl adopt`).
+    Adopted,
     /// It went home because of a call that can be done exactly only there; the text names it.
     WentHome(String),
 }
@@ -97,6 +99,7 @@ impl Arrival {
             Arrival::Drawn => "drawn",
             Arrival::Inherited => "inherited",
             Arrival::Asked => "asked",
+            Arrival::Adopted => "adopted",
             Arrival::WentHome(_) => "went-home",
         }
     }
@@ -142,6 +145,8 @@ pub enum JobRequest {
         /// Where to.
         to: u32,
     },
+    /// Let all processes of the job go. Answered when that is done; the job is over then.
+    Release,
 }
 
 /// A deputy's answer.

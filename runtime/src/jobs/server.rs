@@ -30,6 +30,12 @@ pub trait JobControl: Send + Sync + 'static {
     /// # Errors
     /// Why it is still where it was, for a person to read.
     fn migrate(&self, pid: u32, to: u32) -> Result<(), String>;
+
+    /// Lets all processes of the job go.
+    ///
+    /// # Errors
+    /// Why it still has them.
+    fn release(&self) -> Result<(), String>;
 }
 
 /// A job's socket. Dropping it removes the socket; connections that are being served end with the process.
@@ -141,6 +147,10 @@ fn serve(mut stream: UnixStream, control: &dyn JobControl) -> Result<(), CodecEr
         let answer = match request {
             JobRequest::List => JobAnswer::Job(control.list()),
             JobRequest::Migrate { pid, to } => match control.migrate(pid, to) {
+                Ok(()) => JobAnswer::Done,
+                Err(why) => JobAnswer::Refused(why),
+            },
+            JobRequest::Release => match control.release() {
                 Ok(()) => JobAnswer::Done,
                 Err(why) => JobAnswer::Refused(why),
             },

@@ -111,7 +111,7 @@ pub(super) fn deputy(args: &Args, program: i32, mut socket: UnixStream, log: Log
                 return;
             }
             drop(socket);
-            ready.serve();
+            ready.listen().serve();
         }
         Err(e) => {
             let _ = socket.write_all(format!("E{e:#}").as_bytes());
@@ -120,20 +120,38 @@ pub(super) fn deputy(args: &Args, program: i32, mut socket: UnixStream, log: Log
 }
 
 /// A deputy that has attached.
-struct Ready {
+pub(super) struct Ready {
     deputy: Deputy,
     control: Arc<Control>,
 }
 
+/// A deputy that can be found.
+pub(super) struct Listening {
+    deputy: Deputy,
+    server: Option<JobServer>,
+}
+
 impl Ready {
-    fn serve(self) {
+    /// Lets the job be listed and steered.
+    pub(super) fn listen(self) -> Listening {
         let path = rundir::job_socket(&rundir::path(), std::process::id());
         let server = JobServer::start(&path, self.control)
-            .inspect_err(|e| tracing::warn!(error = %e, "the job cannot be listed"));
+            .inspect_err(|e| tracing::warn!(error = %e, "the job cannot be listed"))
+            .ok();
+        Listening {
+            deputy: self.deputy,
+            server,
+        }
+    }
+}
+
+impl Listening {
+    /// Serves the job to its end.
+    pub(super) fn serve(self) {
         if let Err(e) = self.deputy.serve() {
             tracing::error!(error = format!("{e:#}"), "the deputy fails; its processes end");
         }
-        drop(server);
+        drop(self.server);
         tracing::info!("the job has ended");
     }
 }
@@ -202,18 +220,36 @@ fn attach(args: &Args, program: i32) -> anyhow::Result<Option<Ready>> {
         anyhow::bail!("none of the drawn nodes takes the program");
     }
     deputy.seize(program)?;
-    let control = Arc::new(Control {
-        shared,
+    let control = Arc::new(Control::new(shared, job, home, program, want));
+    Ok(Some(Ready { deputy, control }))
+}
+
+/// Takes up a process that runs already. What it executes stays at home until somebody moves it.
+///
+/// # Errors
+/// When it may not be traced; it is as it was.
+pub(super) fn adopt(pid: i32) -> anyhow::Result<(Ready, Vec<deputy::LeftOut>)> {
+    // Without a daemon there is nowhere to go, which may change.
+    let nodes = Client::connect().and_then(|mut c| c.nodes()).unwrap_or_default();
+    let home = nodes.iter().find(|n| n.is_self).map_or(0, |n| n.number);
+    let job = JobId::new(home, std::process::id());
+    let placer = Placer {
+        want: Want::Home,
         job,
         home,
-        main: program as u32,
-        want,
-        started_unix_ms: SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_millis() as u64),
-        rates: Mutex::default(),
-    });
-    Ok(Some(Ready { deputy, control }))
+        key: OneTimeKey::generate()?,
+        refuse_homeward: false,
+        topology_of_home: false,
+        state: Mutex::new(Known {
+            nodes,
+            at: Instant::now(),
+            first: None,
+        }),
+    };
+    let mut deputy = Deputy::new(Arc::new(placer))?;
+    let left_out = deputy.adopt(pid)?;
+    let control = Arc::new(Control::new(deputy.shared(), job, home, pid, Want::Home));
+    Ok((Ready { deputy, control }, left_out))
 }
 
 fn notice(args: &Args, why: &dyn std::fmt::Display) {
@@ -383,13 +419,35 @@ impl JobControl for Control {
         wait.recv_timeout(Duration::from_secs(300))
             .map_err(|_| format!("process {pid} did not arrive in 300 s"))?
     }
+
+    fn release(&self) -> Result<(), String> {
+        let (done, wait) = crossbeam_channel::bounded(1);
+        self.shared.post(deputy::Command::Release(done));
+        wait.recv_timeout(Duration::from_secs(30))
+            .map_err(|_| "not all threads could be let go within 30 s".to_string())?
+    }
 }
 
 impl Control {
+    fn new(shared: Arc<Shared>, job: JobId, home: u32, main: i32, want: Want) -> Control {
+        Control {
+            shared,
+            job,
+            home,
+            main: main as u32,
+            want,
+            started_unix_ms: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |d| d.as_millis() as u64),
+            rates: Mutex::default(),
+        }
+    }
+
     fn arrival(&self, view: &deputy::ProcessView) -> Arrival {
         match (&view.stay, view.node) {
             (Some(StayReason::Asked), 0) => Arrival::Asked,
             (Some(reason @ StayReason::Call { .. }), 0) => Arrival::WentHome(reason.to_string()),
+            (_, 0) if view.how == "adopted" => Arrival::Adopted,
             (_, 0) => Arrival::Home,
             _ if view.how == "forked there" => Arrival::Inherited,
             _ if view.how == "asked" => Arrival::Asked,

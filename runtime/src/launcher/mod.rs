@@ -4,6 +4,7 @@
 //! child), lets it attach, and executes the program. So whoever looks at home sees the very process that was started:
 //! its pid, parent, session, terminal, status. The deputy holds none of its descriptors.
 
+pub mod adopt;
 mod job;
 
 use std::ffi::{CString, OsStr, OsString};
