@@ -242,7 +242,8 @@ impl Home {
         self.forget(task.pid);
     }
 
-    fn forget(&mut self, pid: i32) {
+    /// Takes a process out of the job.
+    pub(crate) fn forget(&mut self, pid: i32) {
         if let Some(process) = self.processes.remove(&pid) {
             process.discard_guest();
             process.fail_waiters("the process has ended");

@@ -55,6 +55,24 @@ impl Home {
             stopped.set_options(Home::options())?;
         }
         process.mode = Mode::Native;
+        self.shared.catchers.write().remove(&pid);
+        if shim::privileges::lacks(pid) {
+            match shim::privileges::execute_again(stopped) {
+                Ok(()) => {
+                    tracing::info!(pid, "leaves the job: its program has privileges of its own");
+                    self.tasks.remove(&pid);
+                    self.forget(pid);
+                    return Ok(());
+                }
+                Err((whole, e)) => {
+                    tracing::warn!(pid, error = %e, "runs without the privileges of its program");
+                    stopped = whole;
+                }
+            }
+        }
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Ok(());
+        };
         process.breakpoint = None;
         process.stay = Some(StayReason::StartedHome);
         process.how = "executed";
@@ -168,6 +186,7 @@ impl Home {
                     process.mode = Mode::Away(Away::new(vessel, node, link.clone()));
                 }
                 self.publish(pid);
+                tracing::info!(pid, node, "runs there");
                 send(&link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));
                 if let Some(done) = departure {
                     let _ = done.send(Ok(()));

@@ -10,6 +10,7 @@ pub mod lab;
 pub mod memory;
 pub mod notify;
 pub mod peer;
+pub mod privileges;
 pub mod probe;
 pub mod process;
 pub mod ptrace;

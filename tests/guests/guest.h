@@ -158,6 +158,13 @@ __attribute__((unused)) static void until_state(pid_t pid, char state) {
     _exit(99);
 }
 
+/* Waits until a child is stopped. Its state may say so before all of its threads have stopped. */
+__attribute__((unused)) static void until_stopped(pid_t pid) {
+    int status = 0;
+    EQ(waitpid(pid, &status, WUNTRACED), pid);
+    CHECK(WIFSTOPPED(status));
+}
+
 /* The whole of a small file as a string. */
 __attribute__((unused)) static char *slurp(const char *path) {
     static char text[1 << 16];

@@ -72,7 +72,7 @@ int main(void) {
             _exit(0);
         }
         take(p[0]);
-        until_state(grand, 'T');
+        until_stopped(grand);
         _exit(0);
     }
     ends_with(pid, 0);

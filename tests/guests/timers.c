@@ -160,7 +160,7 @@ int main(void) {
     until_state(pid, 'S');
     kill(pid, SIGUSR1);
     kill(pid, SIGSTOP);
-    until_state(pid, 'T');
+    until_stopped(pid);
     kill(pid, SIGCONT);
     ends_with(pid, 0);
     say("undisturbed sleep\n");

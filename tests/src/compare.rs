@@ -30,7 +30,10 @@ impl How {
     pub fn prefix(self) -> Vec<OsString> {
         match self {
             Self::Native => vec![],
-            Self::Home => vec!["mosrun".into(), "-h".into(), "--".into()],
+            // At home the deputy is seen in /proc/PID/status.
+            Self::Home => ["env", "TRACED_AT_HOME=1", "mosrun", "-h", "--"]
+                .map(Into::into)
+                .to_vec(),
             Self::Away(node) => vec!["mosrun".into(), "-r".into(), node.to_string().into(), "--".into()],
         }
     }

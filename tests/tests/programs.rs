@@ -153,28 +153,48 @@ rm t.db
     Ok((Case::bash(script), 0))
 }
 
-fn run(case: Result<(Case, i32), Skip>, ways: &[How]) {
+/// At home and away, each compared with one native run.
+fn run(case: Result<(Case, i32), Skip>) {
     let (case, code) = or_skip!(case);
     let lab = or_skip!(Lab::shared());
-    let native = same(&lab, &case, ways);
+    let native = same(&lab, &case, &[How::Home, How::Away(2)]);
     assert_eq!(native.end, End::Code(code), "natively: {native:?}");
 }
 
 macro_rules! programs {
     ($($name:ident),* $(,)?) => {
-        mod native {
-            // Twice: what differs by itself could not be compared.
-            $(#[test] fn $name() { super::run(super::$name(), &[super::How::Native]); })*
-        }
-        mod home {
-            $(#[test] fn $name() { super::run(super::$name(), &[super::How::Home]); })*
-        }
-        mod away {
-            $(#[test] fn $name() { super::run(super::$name(), &[super::How::Away(2)]); })*
+        mod root {
+            $(#[test] fn $name() { super::run(super::$name()); })*
         }
     };
 }
 
 programs! {
     archives, compile, coreutils, go, java, make, node, openssl, perl, python, rust, shell, sqlite,
+}
+
+/// A user that no machine has.
+const ADA: u32 = 47_110;
+
+/// Away once more, with daemons and programs of a plain user.
+fn run_plain(case: Result<(Case, i32), Skip>) {
+    let (case, code) = or_skip!(case);
+    let lab = or_skip!(Lab::with(&["--nodes", "2", "--user", &ADA.to_string()]));
+    // The caller's PATH may have directories that the user cannot enter.
+    let case = case.owner(ADA, ADA).env("PATH", "/usr/bin:/bin");
+    let native = same(&lab, &case, &[How::Away(2)]);
+    assert_eq!(native.end, End::Code(code), "natively: {native:?}");
+}
+
+macro_rules! plain {
+    ($($name:ident),* $(,)?) => {
+        mod plain_user {
+            $(#[test] fn $name() { super::run_plain(super::$name()); })*
+        }
+    };
+}
+
+// Those that are in the system's own directories.
+plain! {
+    archives, compile, coreutils, go, java, openssl, perl, python, shell, sqlite,
 }

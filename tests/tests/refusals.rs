@@ -101,7 +101,12 @@ fn a_node_that_is_down() {
         "{}",
         text(&output)
     );
-    assert!(!output.stderr.is_empty(), "going on at home is told");
+    let notice = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(notice.lines().count(), 1, "{notice}");
+    assert!(
+        notice.contains("node 3 (node3) is down; the program runs here"),
+        "{notice}"
+    );
     // The others are not concerned, and the best node is one that answers.
     assert_eq!(mosrun(&lab, &["-r", "2", "echo", "started"]).stdout, b"started\n");
     for _ in 0..5 {
@@ -117,9 +122,12 @@ fn without_a_daemon() {
     assert_eq!(mosrun(&lab, &["-b", "echo", "at home"]).stdout, b"at home\n");
     assert_eq!(mosrun(&lab, &["-h", "echo", "at home"]).stdout, b"at home\n");
     refused(&mosrun(&lab, &["-r", "2", "echo", "started"]), "mosd");
-    assert_eq!(
-        mosrun(&lab, &["-F", "-r", "2", "echo", "at home"]).stdout,
-        b"at home\n"
+    let fallen_back = mosrun(&lab, &["-F", "-r", "2", "echo", "at home"]);
+    assert_eq!(fallen_back.stdout, b"at home\n");
+    assert!(
+        text(&fallen_back).contains("the program runs here"),
+        "{}",
+        text(&fallen_back)
     );
 }
 
@@ -152,7 +160,10 @@ fn silence() {
         "{}",
         text(&output)
     );
-    assert!(fs::metadata(&log).unwrap().len() > 0);
+    // The deputy writes its last word when the program has ended.
+    wait_for("the log", Duration::from_secs(10), || {
+        fs::read_to_string(&log).unwrap().contains("the job has ended")
+    });
 }
 
 #[test]

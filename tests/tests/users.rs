@@ -46,21 +46,6 @@ mod guests {
     }
 }
 
-#[test]
-fn a_shell_and_python() {
-    let lab = or_skip!(plain());
-    let programs = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("programs");
-    let case = |file: &str, interpreter: &str| {
-        Case::new([interpreter, file])
-            .tree(file, programs.join(file))
-            .owner(ADA, ADA)
-    };
-    let native = same(&lab, &case("shell.sh", "bash"), &[How::Away(2)]);
-    assert_eq!(native.end, End::Code(42), "{native:?}");
-    let native = same(&lab, &case("python.py", "/usr/bin/python3"), &[How::Away(2)]);
-    assert_eq!(native.end, End::Code(5), "{native:?}");
-}
-
 /// No process of the user has capabilities, at either end.
 #[test]
 fn no_capabilities_anywhere() {
@@ -134,6 +119,15 @@ fn two_users() {
             "nothing of {user} on node 2: {seen}"
         );
     }
+    // Each job has a supervisor of its own, which is its user's.
+    let there = lab.inspect(2, "ps -e -o uid=,comm=");
+    for user in [ADA, BOB] {
+        let of_user = |name: &str| {
+            let words = [&user.to_string(), name];
+            there.lines().filter(|l| l.split_whitespace().eq(words)).count()
+        };
+        assert_eq!((of_user("mosd-supervise"), of_user("bash")), (1, 1), "{there}");
+    }
     // Neither sees or moves the other's.
     let list = as_user(&lab, ADA, &["mosps", "--json"]);
     let list: Vec<serde_json::Value> = serde_json::from_slice(&list.stdout).expect("JSON");
@@ -141,10 +135,55 @@ fn two_users() {
     assert_eq!(listed, [pids[0]]);
     let moved = as_user(&lab, ADA, &["mosmigrate", &pids[1].to_string(), "home"]);
     assert!(!moved.status.success(), "{}", text(&moved));
-    let killed = as_user(&lab, ADA, &["sh", "-c", &format!("kill {}", pids[1])]);
-    assert!(!killed.status.success(), "{}", text(&killed));
+    for forbidden in ["kill PID", "cat /proc/PID/environ", "cat /proc/PID/mem"] {
+        let script = forbidden.replace("PID", &pids[1].to_string());
+        let output = as_user(&lab, ADA, &["sh", "-c", &script]);
+        assert!(!output.status.success(), "{forbidden}: {}", text(&output));
+    }
+    // Root sees and moves both.
+    let list = lab.exec(1).args(["mosps", "--json"]).output().expect("mosps");
+    let list: Vec<serde_json::Value> = serde_json::from_slice(&list.stdout).expect("JSON");
+    let seen = |pid: i32, uid: u32, node: u64| {
+        list.iter()
+            .any(|p| p["pid"] == pid && p["uid"] == uid && p["node"] == node)
+    };
+    assert!(seen(pids[0], ADA, 2) && seen(pids[1], BOB, 2), "{list:?}");
+    let mut command = lab.exec(1);
+    command.args(["mosmigrate", &pids[1].to_string(), "home"]);
+    let moved = command.output().expect("mosmigrate");
+    assert!(moved.status.success(), "{}", text(&moved));
     for job in &mut jobs {
         job.write("\n");
         assert_eq!(job.wait(), End::Code(5));
+    }
+}
+
+/// A program with another user's privileges has them, whoever executes it: it runs at home, and nobody traces it.
+#[test]
+fn programs_with_privileges_have_them() {
+    let lab = or_skip!(Lab::with(&["--nodes", "2", "--user", &ADA.to_string()]));
+    let place = tests::compare::Place::new();
+    let copy = |name: &str, mode: u32| {
+        let program = place.path().with_extension(name);
+        std::fs::copy("/usr/bin/id", &program).expect("a copy of id");
+        std::os::unix::fs::chown(&program, Some(0), Some(4)).expect("its owner");
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        std::fs::set_permissions(&program, mode).expect("its mode");
+        program.to_string_lossy().into_owned()
+    };
+    let (user, group) = (copy("user", 0o4755), copy("group", 0o2755));
+    for how in ["", "-h", "-r 2"] {
+        let script = format!(
+            "mosrun {how} {user} -u; mosrun {how} {group} -g
+mosrun {how} sh -c '{user} -u; {group} -g; (exec {user} -u) | cat; cd ${{0%/*}}; ./${{0##*/}} -u; exec ./${{0##*/}} -u' {user}
+mosrun {how} sh -c '{user} -u & wait $!; echo $?; {user} --no-such-option 2>/dev/null; echo $?'"
+        );
+        let output = lab.exec(1).args(["sh", "-c", &script]).output().expect("a shell");
+        assert_eq!(
+            String::from_utf8_lossy(&output.stdout),
+            "0\n4\n0\n4\n0\n0\n0\n0\n0\n1\n",
+            "mosrun {how}: {}",
+            text(&output)
+        );
     }
 }

@@ -1,9 +1,13 @@
 //! Visiting the sockets of jobs.
 
+use std::ffi::OsStr;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
 
 use super::{JobAnswer, JobInfo, JobRequest};
 use crate::codec::{self, CodecError, MAX_MESSAGE};
@@ -31,6 +35,16 @@ pub enum JobError {
     /// The deputy refused; nothing changed.
     #[error("{0}")]
     Refused(String),
+    /// Who listens is not the deputy that it says it is.
+    #[error("{path} is served by process {pid} of uid {uid}, which is not the deputy of the job that it describes", path = .path.display())]
+    Impostor {
+        /// The socket.
+        path: PathBuf,
+        /// The process.
+        pid: i32,
+        /// Its user.
+        uid: u32,
+    },
     /// The deputy answered something else than what was asked.
     #[error("the job answered out of turn")]
     OutOfTurn,
@@ -41,12 +55,17 @@ pub enum JobError {
     NoSuchProcess(u32),
 }
 
-fn ask(path: &Path, request: &JobRequest, timeout: Duration) -> Result<JobAnswer, JobError> {
+fn ask(
+    path: &Path,
+    request: &JobRequest,
+    timeout: Duration,
+) -> Result<(JobAnswer, UnixCredentials), JobError> {
     let connect = |source| JobError::Connect {
         path: path.to_owned(),
         source,
     };
     let mut stream = UnixStream::connect(path).map_err(connect)?;
+    let peer = getsockopt(&stream, PeerCredentials).map_err(|e| connect(e.into()))?;
     stream.set_read_timeout(Some(timeout)).map_err(CodecError::from)?;
     stream
         .set_write_timeout(Some(LIST_TIMEOUT))
@@ -54,7 +73,7 @@ fn ask(path: &Path, request: &JobRequest, timeout: Duration) -> Result<JobAnswer
     codec::write_message(&mut stream, request)?;
     match codec::read_message(&mut stream, MAX_MESSAGE)? {
         JobAnswer::Refused(why) => Err(JobError::Refused(why)),
-        answer => Ok(answer),
+        answer => Ok((answer, peer)),
     }
 }
 
@@ -63,10 +82,21 @@ fn ask(path: &Path, request: &JobRequest, timeout: Duration) -> Result<JobAnswer
 /// # Errors
 /// See [`JobError`].
 pub fn list(path: &Path) -> Result<JobInfo, JobError> {
-    match ask(path, &JobRequest::List, LIST_TIMEOUT)? {
-        JobAnswer::Job(job) => Ok(job),
-        _ => Err(JobError::OutOfTurn),
+    let (JobAnswer::Job(mut job), peer) = ask(path, &JobRequest::List, LIST_TIMEOUT)? else {
+        return Err(JobError::OutOfTurn);
+    };
+    if peer.uid() != nix::unistd::geteuid().as_raw() {
+        // Root believes nobody who tells of other users' processes as of his own.
+        if (peer.uid(), peer.pid() as u32) != (job.uid, job.deputy_pid) {
+            return Err(JobError::Impostor {
+                path: path.to_owned(),
+                pid: peer.pid(),
+                uid: peer.uid(),
+            });
+        }
+        job.processes.retain(|p| traced_by(p.pid) == Some(job.deputy_pid));
     }
+    Ok(job)
 }
 
 /// Asks the job at `path` to move one of its processes; returns when it has arrived.
@@ -74,7 +104,7 @@ pub fn list(path: &Path) -> Result<JobInfo, JobError> {
 /// # Errors
 /// See [`JobError`].
 pub fn migrate(path: &Path, pid: u32, to: u32) -> Result<(), JobError> {
-    match ask(path, &JobRequest::Migrate { pid, to }, MIGRATE_TIMEOUT)? {
+    match ask(path, &JobRequest::Migrate { pid, to }, MIGRATE_TIMEOUT)?.0 {
         JobAnswer::Done => Ok(()),
         _ => Err(JobError::OutOfTurn),
     }
@@ -85,36 +115,49 @@ pub fn migrate(path: &Path, pid: u32, to: u32) -> Result<(), JobError> {
 /// # Errors
 /// See [`JobError`].
 pub fn release(path: &Path) -> Result<(), JobError> {
-    match ask(path, &JobRequest::Release, MIGRATE_TIMEOUT)? {
+    match ask(path, &JobRequest::Release, MIGRATE_TIMEOUT)?.0 {
         JobAnswer::Done => Ok(()),
         _ => Err(JobError::OutOfTurn),
     }
 }
 
-/// The rundirs whose jobs the caller may see: its own; for root also those of all users.
+/// The process that traces this one (proc_pid_status(5)).
+fn traced_by(pid: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status
+        .lines()
+        .find_map(|l| l.strip_prefix("TracerPid:"))?
+        .trim()
+        .parse()
+        .ok()
+}
+
+/// The rundirs whose jobs the caller may see: its own; for root also those of all users, wherever they are.
 pub fn rundirs() -> Vec<PathBuf> {
     let mut dirs = vec![rundir::path()];
     if nix::unistd::geteuid().is_root() {
-        let children = |top: &str| {
-            let entries = std::fs::read_dir(top).ok();
-            entries
-                .into_iter()
-                .flatten()
-                .flatten()
-                .map(|e| e.path())
-                .collect::<Vec<_>>()
-        };
-        dirs.push(rundir::SYSTEM.into());
-        dirs.extend(children("/run/user").into_iter().map(|p| p.join("mosrun")));
-        dirs.extend(children("/tmp").into_iter().filter(|p| {
-            p.file_name()
-                .and_then(|n| n.to_str())
-                .is_some_and(|n| n.starts_with("mosrun-"))
-        }));
+        // Paths are not text, so the file need not be.
+        let table = std::fs::read("/proc/net/unix").unwrap_or_default();
+        dirs.extend(listening(&table));
         dirs.sort();
         dirs.dedup();
     }
     dirs
+}
+
+/// The rundirs of the job sockets that are in a /proc/net/unix (proc(5)): the path is the eighth field.
+fn listening(table: &[u8]) -> Vec<PathBuf> {
+    let lines = table.split(|b| *b == b'\n');
+    lines
+        .filter_map(|line| line.windows(2).position(|w| w == b" /").map(|at| &line[at + 1..]))
+        .map(|path| Path::new(OsStr::from_bytes(path)))
+        .filter(|path| deputy_of(path).is_some())
+        .filter_map(|path| {
+            let jobs = path.parent()?;
+            let rundir = jobs.parent()?;
+            (rundir::jobs_dir(rundir) == jobs).then(|| rundir.to_owned())
+        })
+        .collect()
 }
 
 /// Describes every job in `rundirs`, in the order of their deputies' pids, with the socket of each. A socket that nobody
@@ -239,6 +282,20 @@ mod tests {
         drop(server);
         assert!(!path.exists());
         assert!(all(&dirs).is_empty());
+    }
+
+    #[test]
+    fn sockets_of_other_users_are_found_where_they_listen() {
+        let table = b"Num       RefCount Protocol Flags    Type St Inode Path\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 17 /run/user/7/mosrun/jobs/12.sock\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03 18\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 19 /run/mosrun/mosd.sock\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 20 @/x/jobs/3.sock\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 21 /tmp/a b\xff/jobs/3.sock\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 22 /tmp/other/4.sock\n";
+        let found = listening(table);
+        let odd = Path::new(OsStr::from_bytes(b"/tmp/a b\xff"));
+        assert_eq!(found, [Path::new("/run/user/7/mosrun"), odd]);
     }
 
     #[test]

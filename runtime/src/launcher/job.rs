@@ -103,10 +103,10 @@ pub(super) fn deputy(args: &Args, program: i32, mut socket: UnixStream, log: Log
             attach(args, program)
         });
     match verdict {
-        Ok(None) => {
-            let _ = socket.write_all(b"N");
+        Ok(Attached::No(notice)) => {
+            let _ = socket.write_all(format!("N{}", notice.unwrap_or_default()).as_bytes());
         }
-        Ok(Some(ready)) => {
+        Ok(Attached::Yes(ready)) => {
             if socket.write_all(b"T").is_err() {
                 return;
             }
@@ -117,6 +117,14 @@ pub(super) fn deputy(args: &Args, program: i32, mut socket: UnixStream, log: Log
             let _ = socket.write_all(format!("E{e:#}").as_bytes());
         }
     }
+}
+
+/// Whether the program gets a deputy.
+enum Attached {
+    /// It has one.
+    Yes(Box<Ready>),
+    /// It runs here without one; what the user asked to be told about that.
+    No(Option<String>),
 }
 
 /// A deputy that has attached.
@@ -156,31 +164,28 @@ impl Listening {
     }
 }
 
-/// Decides where the program starts and attaches to it; `None` when it is to run here without a deputy.
-fn attach(args: &Args, program: i32) -> anyhow::Result<Option<Ready>> {
+/// Decides where the program starts, and attaches to it unless it is to run here without a deputy.
+///
+/// A program that starts here has a deputy all the same when a daemon runs, so that it is listed and can be moved later.
+fn attach(args: &Args, program: i32) -> anyhow::Result<Attached> {
     let want = args.want();
     let may_stay = args.fallback || matches!(want, Want::Best);
     let mut client = match Client::connect() {
         Ok(c) => c,
-        Err(e) if may_stay => {
-            notice(args, &e);
-            return Ok(None);
-        }
+        Err(_) if want == Want::Home => return Ok(Attached::No(None)),
+        Err(e) if may_stay => return Ok(stays_here(args, &e)),
         Err(e) => return Err(e.into()),
     };
     let nodes = client.nodes()?;
     let places = match placement::place(&want, &nodes, rand::random()) {
         Ok(p) => p,
-        Err(e) if may_stay => {
-            notice(args, &e);
-            return Ok(None);
-        }
+        Err(e) if may_stay => return Ok(stays_here(args, &e)),
         Err(e) => return Err(e.into()),
     };
     let others = nodes.iter().any(|n| !n.is_self && n.status == NodeStatus::Alive);
     let first = places.first().copied().unwrap_or(Place::Home);
-    if first == Place::Home && (!others || !matches!(want, Want::Best)) {
-        return Ok(None);
+    if first == Place::Home && !others && matches!(want, Want::Best) {
+        return Ok(Attached::No(None));
     }
     let home = nodes.iter().find(|n| n.is_self).map_or(0, |n| n.number);
     let job = JobId::new(home, std::process::id());
@@ -209,10 +214,7 @@ fn attach(args: &Args, program: i32) -> anyhow::Result<Option<Ready>> {
             Err(why) if matches!(want, Want::Best | Want::Drawn(_)) => {
                 tracing::warn!(node, why, "node passed over");
             }
-            Err(why) if args.fallback => {
-                notice(args, &why);
-                return Ok(None);
-            }
+            Err(why) if args.fallback => return Ok(stays_here(args, &why)),
             Err(why) => anyhow::bail!("node {node}: {why}"),
         }
     }
@@ -221,7 +223,7 @@ fn attach(args: &Args, program: i32) -> anyhow::Result<Option<Ready>> {
     }
     deputy.seize(program)?;
     let control = Arc::new(Control::new(shared, job, home, program, want));
-    Ok(Some(Ready { deputy, control }))
+    Ok(Attached::Yes(Box::new(Ready { deputy, control })))
 }
 
 /// Takes up a process that runs already. What it executes stays at home until somebody moves it.
@@ -252,10 +254,14 @@ pub(super) fn adopt(pid: i32) -> anyhow::Result<(Ready, Vec<deputy::LeftOut>)> {
     Ok((Ready { deputy, control }, left_out))
 }
 
-fn notice(args: &Args, why: &dyn std::fmt::Display) {
-    if args.fallback || args.verbose > 0 {
-        tracing::warn!("{why}; the program runs here");
+/// The program runs here although it was meant to run elsewhere. -F promises a notice.
+fn stays_here(args: &Args, why: &dyn std::fmt::Display) -> Attached {
+    let notice = format!("{why}; the program runs here");
+    if args.verbose > 0 || args.log.is_some() {
+        tracing::warn!("{notice}");
     }
+    let said = args.verbose > 0 && args.log.is_none();
+    Attached::No((args.fallback && !said).then_some(notice))
 }
 
 struct Known {
@@ -376,7 +382,8 @@ impl JobControl for Control {
                     node: view.node,
                     home: self.home,
                     arrival: self.arrival(view),
-                    threads: stat.threads,
+                    // A vessel has one that its program does not have.
+                    threads: stat.threads.saturating_sub(u32::from(view.node != 0)),
                     rss_bytes: there.map_or(stat.rss_bytes, |g| g.rss_bytes),
                     cpu_ms: stat.cpu_ms + there.map_or(0, |g| g.utime_ms + g.stime_ms),
                     counters: Counters {

@@ -8,17 +8,17 @@ pub mod adopt;
 mod job;
 
 use std::ffi::{CString, OsStr, OsString};
+use std::fs::Metadata;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
 
 use crate::cli::mosrun::Args;
-use crate::placement::Want;
 
 /// Exit status when the program was not started.
 const NOT_STARTED: u8 = 125;
@@ -29,8 +29,8 @@ const NOT_FOUND: u8 = 127;
 
 /// What the deputy tells the process that is about to become the program.
 enum Verdict {
-    /// Execute it; nobody traces.
-    Alone,
+    /// Execute it; nobody traces. What the user asked to be told about that, if anything.
+    Alone(Option<String>),
     /// Execute it; the deputy has attached.
     Attached,
     /// Do not.
@@ -41,7 +41,8 @@ enum Verdict {
 pub fn main() -> ExitCode {
     let args = Args::parse_or_exit();
     match prepare(&args) {
-        Ok(Verdict::Alone | Verdict::Attached) => {}
+        Ok(Verdict::Attached | Verdict::Alone(None)) => {}
+        Ok(Verdict::Alone(Some(notice))) => eprintln!("mosrun: {notice}"),
         Ok(Verdict::Failed(why)) => return complain(&why, NOT_STARTED),
         Err(e) => return complain(&format!("{e:#}"), NOT_STARTED),
     }
@@ -62,8 +63,8 @@ fn complain(why: &str, status: u8) -> ExitCode {
 
 /// Forks the deputy and waits for its verdict.
 fn prepare(args: &Args) -> anyhow::Result<Verdict> {
-    if args.want() == Want::Home || gains_privileges(&args.command[0]) {
-        return Ok(Verdict::Alone);
+    if gains_privileges(&args.command[0]) {
+        return Ok(Verdict::Alone(None));
     }
     let (mut ours, theirs) = UnixStream::pair().context("socket to the deputy")?;
     let program = std::process::id() as i32;
@@ -83,13 +84,15 @@ fn prepare(args: &Args) -> anyhow::Result<Verdict> {
     ours.write_all(&[1])?;
     let mut verdict = [0];
     ours.read_exact(&mut verdict).context("the deputy died")?;
+    let mut said = String::new();
     match verdict[0] {
-        b'N' => Ok(Verdict::Alone),
         b'T' => Ok(Verdict::Attached),
-        _ => {
-            let mut why = String::new();
-            ours.read_to_string(&mut why)?;
-            Ok(Verdict::Failed(why))
+        word => {
+            ours.read_to_string(&mut said)?;
+            Ok(match word {
+                b'N' => Verdict::Alone((!said.is_empty()).then_some(said)),
+                _ => Verdict::Failed(said),
+            })
         }
     }
 }
@@ -97,23 +100,17 @@ fn prepare(args: &Args) -> anyhow::Result<Verdict> {
 /// Whether a program is one of those that run with other privileges than those of the user who starts them. They run at
 /// home; without CAP_SYS_PTRACE they must not even have a tracer, with which execve(2) would not give them theirs.
 fn gains_privileges(program: &OsStr) -> bool {
-    let uid = nix::unistd::geteuid();
+    let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
     if uid.is_root() {
         return false;
     }
     let candidates = candidates(program, std::env::var_os("PATH"));
-    let executed = candidates
+    candidates
         .iter()
         .filter(|c| nix::unistd::access(c.as_c_str(), nix::unistd::AccessFlags::X_OK).is_ok())
-        .find_map(|c| {
-            let meta = std::fs::metadata(OsStr::from_bytes(c.as_bytes())).ok()?;
-            meta.is_file().then_some(meta)
-        });
-    executed.is_some_and(|meta| {
-        // The set-group-id bit without the group's execute bit means something else (inode(7)).
-        let (set_user, set_group) = (meta.mode() & 0o4000 != 0, meta.mode() & 0o2010 == 0o2010);
-        set_user && meta.uid() != uid.as_raw() || set_group && meta.gid() != nix::unistd::getegid().as_raw()
-    })
+        .map(|c| Path::new(OsStr::from_bytes(c.as_bytes())))
+        .find_map(|path| Some((path, path.metadata().ok().filter(Metadata::is_file)?)))
+        .is_some_and(|(path, meta)| shim::privileges::grants(path, &meta, uid.as_raw(), gid.as_raw()))
 }
 
 /// Replaces this process by the program, with everything the shell gave it.
