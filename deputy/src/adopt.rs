@@ -118,6 +118,8 @@ impl Home {
                 "away from home: {}; bring them home first (mosmigrate PID home)",
                 list.join(", ")
             ))
+        } else if let Some((parent, _)) = self.vforked.values().next() {
+            Some(format!("process {parent} waits for the child of a vfork"))
         } else {
             self.processes
                 .values()

@@ -63,12 +63,21 @@ impl Contact {
                 });
             }
             Kind::Homecoming => shared.post(Command::Homecoming(reply, Box::new(body(&payload)?))),
-            Kind::HomeCommit => shared.post(Command::HomeCommit(reply, body::<wire::Pid>(&payload)?.0)),
+            Kind::HomeCommit => shared.post(Command::HomeCommit(reply, body(&payload)?)),
             Kind::Pages => {
                 let Some((address, data)) = payload.split_first_chunk::<8>() else {
                     return Err("pages without an address".into());
                 };
                 self.write_pages(reply.header.tid, u64::from_le_bytes(*address), data)?;
+            }
+            Kind::SharedPages => {
+                let Some((head, data)) = payload.split_first_chunk::<16>() else {
+                    return Err("pages of shared memory without an address".into());
+                };
+                let head = u128::from_le_bytes(*head);
+                shared
+                    .objects
+                    .write(self.node, head as u64, (head >> 64) as u64, data)?;
             }
             Kind::Action => {
                 let action: wire::Action = body(&payload)?;

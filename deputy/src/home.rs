@@ -31,6 +31,8 @@ pub struct Home {
     /// Stopped children whose parent's event has not been seen yet.
     pub(crate) strays: HashMap<i32, Stopped>,
     pub(crate) arena: shim::vessel::Arena,
+    /// Threads at home that wait for the child of a vfork(2) that they made away, with their processes, by that child.
+    pub(crate) vforked: HashMap<i32, (i32, Stopped)>,
     /// The process and thread whose call ends only when the signals that it sent have been relayed.
     pub(crate) settling: Option<(i32, i32)>,
     /// Who is told that the job was let go, while that is being done.
@@ -56,6 +58,7 @@ impl Home {
             tasks: HashMap::new(),
             strays: HashMap::new(),
             arena: shim::vessel::Arena::new()?,
+            vforked: HashMap::new(),
             settling: None,
             releasing: None,
         })
@@ -250,6 +253,8 @@ impl Home {
         }
         self.shared.table.lock().remove(&pid);
         self.shared.homecoming.lock().remove(&pid);
+        self.shared.objects.forget(pid);
+        self.memory_returned(pid);
         self.shared.catchers.write().remove(&pid);
     }
 
@@ -274,7 +279,7 @@ impl Home {
             Command::Died(died) => self.die(died.pid, died.signal),
             Command::Interrupt(i) => self.interrupt(i),
             Command::Homecoming(reply, body) => self.homecoming(reply, *body),
-            Command::HomeCommit(reply, pid) => self.home_commit(reply, pid),
+            Command::HomeCommit(reply, body) => self.home_commit(reply, &body),
             Command::MoveFailed(m) => self.move_failed(m),
             Command::Action(a) => self.action(a),
             Command::Out(pid, node, done, tries) => self.send_out(pid, node, done, tries),

@@ -1,17 +1,110 @@
-//! A process comes home: its vessel takes its layout, its pages and its threads' state, and is the process again.
+//! Processes come home: their vessels take their layouts, their pages and their threads' state, and are the processes again.
+//!
+//! Processes that share memory come together. Each is announced and laid out by itself; one commit makes all of them run.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use anyhow::Context;
+use linklayer::image::{AreaFlags, AreaKind};
 use linklayer::wire;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use parking_lot::Mutex;
+use shim::ptrace::Stopped;
+use shim::vessel::VesselError;
 
 use crate::home::Home;
 use crate::process::{Mode, Role, Task};
-use crate::shared::ReplyTo;
+use crate::shared::{Command, ReplyTo};
+
+/// Anonymous memory of processes on their way home that share it, by the node that they come from and its id there.
+#[derive(Default)]
+pub struct Objects {
+    known: Mutex<HashMap<(u32, u64), Object>>,
+}
+
+struct Object {
+    file: Arc<File>,
+    size: u64,
+    /// Processes that were announced with it.
+    users: HashSet<i32>,
+}
+
+impl Objects {
+    /// Makes what a process names and nobody has named before it.
+    fn announce(
+        &self,
+        node: u32,
+        pid: i32,
+        object: &wire::SharedObject,
+        reserved: bool,
+    ) -> anyhow::Result<()> {
+        let mut known = self.known.lock();
+        if let Some(entry) = known.get_mut(&(node, object.id)) {
+            anyhow::ensure!(entry.size == object.size, "shared memory of two sizes");
+            entry.users.insert(pid);
+            return Ok(());
+        }
+        // Memory of which nothing can be accessed has to be mapped, too.
+        let size = object.size.max(linklayer::image::PAGE);
+        let file = shim::shared_memory::create(size, reserved).context("shared memory")?;
+        if size != object.size {
+            file.set_len(object.size).context("size of shared memory")?;
+        }
+        let entry = Object {
+            file: Arc::new(file),
+            size: object.size,
+            users: HashSet::from([pid]),
+        };
+        known.insert((node, object.id), entry);
+        Ok(())
+    }
+
+    fn file(&self, node: u32, id: u64) -> Option<Arc<File>> {
+        Some(self.known.lock().get(&(node, id))?.file.clone())
+    }
+
+    /// Writes pages of an object that was announced.
+    ///
+    /// # Errors
+    /// It was not, or does not reach so far: the supervisor breaks the protocol.
+    pub fn write(&self, node: u32, id: u64, offset: u64, data: &[u8]) -> Result<(), String> {
+        let known = self.known.lock();
+        let object = known
+            .get(&(node, id))
+            .ok_or_else(|| format!("pages of shared memory {id}, which was not announced"))?;
+        let end = offset.checked_add(data.len() as u64);
+        if end.is_none_or(|end| end > object.size) {
+            return Err(format!("pages behind the end of shared memory {id}"));
+        }
+        let file = object.file.clone();
+        drop(known);
+        file.write_all_at(data, offset)
+            .map_err(|e| format!("shared memory {id} at {offset:#x}: {e}"))
+    }
+
+    /// A process is at home, or does not come: it needs them no more.
+    pub fn forget(&self, pid: i32) {
+        self.known.lock().retain(|_, object| {
+            object.users.remove(&pid);
+            !object.users.is_empty()
+        });
+    }
+}
 
 impl Home {
     /// Its image is there: the vessel's layout is made equal to it. The guest is stopped and stays the live copy until
     /// the commit.
     pub(crate) fn homecoming(&mut self, reply: ReplyTo, body: wire::Homecoming) -> anyhow::Result<()> {
         let pid = body.image.pid;
+        if !self.processes.contains_key(&pid) {
+            // Killed meanwhile: those who come with it come without it, as the supervisor will hear.
+            reply.errno(libc::ESRCH);
+            return Ok(());
+        }
         let result = self.prepare_home(&body);
         match result {
             Ok(()) => {
@@ -23,6 +116,7 @@ impl Home {
                 Ok(())
             }
             Err(e) => {
+                self.shared.objects.forget(pid);
                 reply.errno(libc::EIO);
                 Err(e.context(format!("process {pid} cannot come home")))
             }
@@ -48,9 +142,26 @@ impl Home {
                 thread.tid
             );
         }
-        let files = &self.shared.files;
         let process = self.processes.get_mut(&pid).context("no such process")?;
         let away = process.away().context("it is at home")?;
+        let (node, memory) = (away.node, away.vessel.memory);
+        let laid_out = self.processes.values().any(|other| {
+            let Mode::Away(away) = &other.mode else {
+                return false;
+            };
+            other.pid != pid && away.vessel.memory == memory && away.coming.is_some()
+        });
+        if laid_out {
+            // The memory is one, and its layout was made by whoever was announced first.
+            return Ok(());
+        }
+        for object in &body.objects {
+            let reserved = !body.image.areas.iter().any(|area| {
+                matches!(area.kind, AreaKind::SharedAnon { id, .. } if id == object.id)
+                    && area.flags.has(AreaFlags::NORESERVE)
+            });
+            self.shared.objects.announce(node, pid, object, reserved)?;
+        }
         let leader = body
             .image
             .threads
@@ -64,71 +175,229 @@ impl Home {
             .get(&leader)
             .cloned()
             .context("leader")?;
+        let (files, objects) = (&self.shared.files, &self.shared.objects);
+        let process = self.processes.get_mut(&pid).context("no such process")?;
+        let away = process.away().context("it is at home")?;
         away.vessel
-            .adapt_layout(&body.image, &worker.slot, &|id| files.file(id))?;
+            .adapt_layout(&body.image, &worker.slot, &|id| files.file(id), &|id| {
+                objects.file(node, id)
+            })?;
         Ok(())
     }
 
-    /// All its pages are there: it runs at home from now on.
-    pub(crate) fn home_commit(&mut self, reply: ReplyTo, pid: i32) -> anyhow::Result<()> {
-        self.shared.homecoming.lock().remove(&pid);
-        match self.resume_home(pid) {
+    /// All their pages are there: they run at home from now on.
+    pub(crate) fn home_commit(&mut self, reply: ReplyTo, body: &wire::HomeCommit) -> anyhow::Result<()> {
+        match self.resume_home(&body.group) {
             Ok(()) => {
                 reply.errno(0);
-                self.publish(pid);
+                for pid in &body.group {
+                    self.publish(*pid);
+                }
                 Ok(())
             }
             Err(e) => {
                 reply.errno(libc::EIO);
-                Err(e.context(format!("process {pid} cannot be resumed at home")))
+                Err(e.context("processes cannot be resumed at home"))
             }
         }
     }
 
-    fn resume_home(&mut self, pid: i32) -> anyhow::Result<()> {
-        let process = self.processes.get_mut(&pid).context("no such process")?;
-        let Mode::Away(away) = std::mem::replace(&mut process.mode, Mode::Native) else {
-            anyhow::bail!("it is at home");
-        };
-        let coming = away.coming.context("it was not announced")?;
+    fn resume_home(&mut self, group: &[i32]) -> anyhow::Result<()> {
+        // First what can fail: afterwards there is no way back.
+        let mut spaces = HashSet::new();
+        for process in group.iter().filter_map(|pid| self.processes.get(pid)) {
+            match &process.mode {
+                Mode::Away(away) if away.coming.is_some() => spaces.insert(away.vessel.memory),
+                _ => anyhow::bail!("process {} was not announced", process.pid),
+            };
+        }
+        let left = self.processes.values().find(|process| {
+            let Mode::Away(away) = &process.mode else {
+                return false;
+            };
+            !group.contains(&process.pid) && spaces.contains(&away.vessel.memory)
+        });
+        if let Some(left) = left {
+            anyhow::bail!("process {} has the same memory and does not come", left.pid);
+        }
+        let mut vessels = Vec::new();
+        for pid in group {
+            self.shared.homecoming.lock().remove(pid);
+            self.shared.objects.forget(*pid);
+            // One that was killed meanwhile does not come.
+            let Some(process) = self.processes.get_mut(pid) else {
+                continue;
+            };
+            let Mode::Away(away) = std::mem::replace(&mut process.mode, Mode::Native) else {
+                continue;
+            };
+            if let Some(coming) = away.coming {
+                vessels.push((away.vessel, coming));
+            }
+        }
+        let (vessels, coming): (Vec<_>, Vec<_>) = vessels.into_iter().unzip();
+        for body in &coming {
+            self.make_native(body.image.pid);
+        }
+        let mut gathered = Vec::new();
+        for (vessel, body) in vessels.into_iter().zip(&coming) {
+            let memory = vessel.memory;
+            match vessel.gather(&body.image) {
+                Ok(homebound) => gathered.push((homebound, memory, body)),
+                Err(e) => lost(body.image.pid, &e),
+            }
+        }
+        let mut cleared = HashSet::new();
+        let mut running = Vec::new();
+        for (homebound, memory, body) in gathered {
+            match homebound.finish(!cleared.contains(&memory)) {
+                Ok(mut threads) => {
+                    crate::vessel::set_options(&mut threads, Home::options());
+                    cleared.insert(memory);
+                    running.push((threads, body));
+                }
+                Err(e) => lost(body.image.pid, &e),
+            }
+        }
+        for (threads, body) in running {
+            for stopped in threads {
+                self.resume_thread(stopped, body, group)?;
+            }
+        }
+        for body in coming {
+            self.came_home(body.image.pid, body.reason);
+        }
+        Ok(())
+    }
+
+    /// The threads of a process are its own again, and its vessel's are no more.
+    fn make_native(&mut self, pid: i32) {
         let tids: Vec<i32> = self
             .tasks
             .values()
             .filter(|t| t.pid == pid)
             .map(|t| t.tid)
             .collect();
-        for tid in &tids {
-            if let Some(worker) = self.shared.workers.write().remove(tid) {
+        for tid in tids {
+            if let Some(worker) = self.shared.workers.write().remove(&tid) {
                 worker.slot.abandon();
             }
-        }
-        let mut running = away.vessel.resume(&coming.image)?;
-        crate::vessel::set_options(&mut running, Home::options());
-        for tid in tids {
             let task = self.tasks.remove(&tid);
-            // The catcher has ended; the process does not wait for the report of that.
+            // The catcher is about to end; the process does not wait for the report of that.
             if task.is_some_and(|t| t.role == Role::Worker) {
                 self.tasks.insert(tid, Task::new(tid, pid, Role::Native));
             }
         }
-        for stopped in running {
-            stopped.cont(0)?;
+    }
+
+    /// Lets a thread of a process at home run, but for one that waits until the child of its vfork(2) gives the memory back.
+    fn resume_thread(
+        &mut self,
+        stopped: Stopped,
+        body: &wire::Homecoming,
+        group: &[i32],
+    ) -> anyhow::Result<()> {
+        let (pid, tid) = (body.image.pid, stopped.tid());
+        let borrowed = body
+            .vforks
+            .iter()
+            .find(|v| v.tid == tid && group.contains(&v.child) && self.processes.contains_key(&v.child));
+        match (borrowed, self.processes.get_mut(&pid)) {
+            (Some(vfork), Some(process)) => {
+                process.vforking += 1;
+                self.vforked.insert(vfork.child, (pid, stopped));
+                Ok(())
+            }
+            _ => match stopped.cont(0) {
+                Err(e) if !e.is_gone() => Err(e.into()),
+                _ => Ok(()),
+            },
         }
-        if let Some(process) = self.processes.get_mut(&pid) {
-            match &coming.reason {
-                linklayer::stay::StayReason::Asked => tracing::info!(pid, "came home: somebody asked"),
-                reason => tracing::warn!(pid, %reason, "came home"),
-            }
-            process.stay = Some(coming.reason);
-            process.how = "came home";
-            for waiter in process.waiters.drain(..) {
-                let _ = waiter.send(Ok(()));
-            }
-            if let Some((node, done)) = process.next.take() {
-                self.shared
-                    .post(crate::shared::Command::Out(pid, node, done, None));
-            }
+    }
+
+    /// A child that borrowed its parent's memory away has executed a program at home, or has ended.
+    pub(crate) fn memory_returned(&mut self, child: i32) {
+        let Some((parent, stopped)) = self.vforked.remove(&child) else {
+            return;
+        };
+        if let Some(process) = self.processes.get_mut(&parent) {
+            process.vforking = process.vforking.saturating_sub(1);
+        }
+        if let Err(e) = stopped.cont(0) {
+            tracing::debug!(parent, error = %e, "parent of a vfork");
+        }
+    }
+
+    fn came_home(&mut self, pid: i32, reason: linklayer::stay::StayReason) {
+        use linklayer::stay::StayReason;
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return;
+        };
+        match &reason {
+            StayReason::Asked => tracing::info!(pid, "came home: somebody asked"),
+            StayReason::SharedMemory => tracing::info!(pid, "came home with those whose memory it shares"),
+            reason => tracing::warn!(pid, %reason, "came home"),
+        }
+        process.stay = Some(reason);
+        process.how = "came home";
+        for waiter in process.waiters.drain(..) {
+            let _ = waiter.send(Ok(()));
+        }
+        if let Some((node, done)) = process.next.take() {
+            self.shared.post(Command::Out(pid, node, done, None));
+        }
+    }
+
+    pub(crate) fn move_failed(&mut self, failed: wire::MoveFailed) -> anyhow::Result<()> {
+        let pid = failed.pid;
+        tracing::error!(pid, why = failed.why, "does not come home");
+        self.shared.homecoming.lock().remove(&pid);
+        self.shared.objects.forget(pid);
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Ok(());
+        };
+        if let Some(away) = process.away() {
+            away.coming = None;
+        }
+        let next = process.next.take().map(|(_, done)| done);
+        for waiter in process.waiters.drain(..).chain(next) {
+            let _ = waiter.send(Err(failed.why.clone()));
         }
         Ok(())
+    }
+}
+
+/// A vessel could not become its process after the commit. It was killed; if not, it is neither here nor away.
+fn lost(pid: i32, error: &VesselError) {
+    if error.is_gone() {
+        tracing::debug!(pid, %error, "killed on its way home");
+        return;
+    }
+    tracing::error!(pid, %error, "lost on its way home; it is killed");
+    if let Err(e) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
+        tracing::debug!(pid, error = %e, "kill");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_memory_is_made_once_and_lives_as_long_as_somebody_comes_with_it() {
+        let objects = Objects::default();
+        let object = wire::SharedObject { id: 7, size: 8192 };
+        assert!(objects.announce(2, 100, &object, true).is_ok());
+        assert!(objects.announce(2, 101, &object, true).is_ok());
+        let other_size = wire::SharedObject { id: 7, size: 4096 };
+        assert!(objects.announce(2, 102, &other_size, true).is_err());
+        assert!(objects.write(2, 7, 4096, &[1; 4096]).is_ok());
+        assert!(objects.write(2, 7, 4097, &[1; 4096]).is_err());
+        assert!(objects.write(2, 7, u64::MAX, &[1; 4096]).is_err());
+        assert!(objects.write(3, 7, 0, &[1]).is_err());
+        objects.forget(100);
+        assert!(objects.file(2, 7).is_some());
+        objects.forget(101);
+        assert!(objects.file(2, 7).is_none());
     }
 }

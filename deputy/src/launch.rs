@@ -47,6 +47,7 @@ impl Home {
             }
             reply.errno(0);
         }
+        self.memory_returned(pid);
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(());
         };

@@ -89,8 +89,8 @@ pub enum Command {
     Interrupt(wire::Interrupt),
     /// A process comes home.
     Homecoming(ReplyTo, Box<wire::Homecoming>),
-    /// Its pages are all there.
-    HomeCommit(ReplyTo, i32),
+    /// The pages of these are all there.
+    HomeCommit(ReplyTo, wire::HomeCommit),
     /// It does not come.
     MoveFailed(wire::MoveFailed),
     /// A disposition changed.
@@ -135,6 +135,8 @@ pub struct Shared {
     pub table: Mutex<HashMap<i32, ProcessView>>,
     /// Processes whose pages may be written because they are on their way home.
     pub homecoming: Mutex<std::collections::HashSet<i32>>,
+    /// What processes on their way home share.
+    pub objects: crate::homeward::Objects,
     /// Last usage report of each node.
     pub usage: Mutex<HashMap<u32, wire::Usage>>,
 }
@@ -167,6 +169,7 @@ impl Shared {
             cluster,
             table: Mutex::default(),
             homecoming: Mutex::default(),
+            objects: Default::default(),
             usage: Mutex::default(),
         })
     }

@@ -295,8 +295,11 @@ impl Home {
         }
         let away = process.away().context("vessel of the parent")?;
         let node = away.node;
+        let memory = away.vessel.memory;
         let (mut vessel, stray, catcher) = Vessel::adopt_child(stray)?;
-        vessel.shares_memory = flags & libc::CLONE_VM as u64 != 0;
+        if flags & libc::CLONE_VM as u64 != 0 {
+            vessel.memory = memory;
+        }
         let mut born = Process::new(child, Mode::Away(Away::new(vessel, node, reply.link.clone())));
         born.actions = actions;
         born.how = "forked there";
@@ -466,16 +469,6 @@ impl Home {
                     &wire::encode(&wire::Bring { pid, reason }),
                 );
                 process.waiters.push(done);
-            }
-        }
-        Ok(())
-    }
-
-    pub(crate) fn move_failed(&mut self, failed: wire::MoveFailed) -> anyhow::Result<()> {
-        tracing::error!(pid = failed.pid, why = failed.why, "does not come home");
-        if let Some(process) = self.processes.get_mut(&failed.pid) {
-            for waiter in process.waiters.drain(..) {
-                let _ = waiter.send(Err(failed.why.clone()));
             }
         }
         Ok(())

@@ -459,7 +459,7 @@ impl std::ops::Sub for Clocks {
 }
 
 /// A whole process, without the contents of its pages.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub struct ProcessImage {
     /// process id
     pub pid: i32,

@@ -54,7 +54,11 @@ pub enum Kind {
     Homecoming = 11,
     /// Pages of a process that moves: u64 address (little-endian) and the bytes, in either direction.
     Pages = 12,
-    /// Supervisor to deputy: all pages were sent ([`Pid`]); answer [`Errno`] (0: it runs at home now, forget it).
+    /// Pages of memory that processes that move share: u64 id of the [`SharedObject`], u64 offset (little-endian) and the
+    /// bytes, in either direction. On the lane of the process that announced the object.
+    SharedPages = 50,
+    /// Supervisor to deputy: all pages were sent ([`HomeCommit`]); answer [`Errno`] (0: they run at home now, forget
+    /// them).
     HomeCommit = 13,
     /// Supervisor to deputy: a signal disposition changed ([`Action`]); no answer.
     Action = 14,
@@ -96,7 +100,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_u16(n: u16) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 30] = [
+        const ALL: [Kind; 31] = [
             Call,
             Clone,
             Exec,
@@ -109,6 +113,7 @@ impl Kind {
             MapFile,
             Homecoming,
             Pages,
+            SharedPages,
             HomeCommit,
             Action,
             Synthetic,
@@ -314,7 +319,37 @@ pub struct Homecoming {
     pub image: ProcessImage,
     /// Why it comes.
     pub reason: crate::stay::StayReason,
-    /// Processes that come with it (they share memory): it is resumed when all of these have been committed.
+    /// Itself and the processes that come with it, because they share memory: all are resumed by one [`HomeCommit`].
+    pub group: Vec<i32>,
+    /// Anonymous memory that it shares, by the ids in its areas. An object that several processes of the group name is the
+    /// same.
+    pub objects: Vec<SharedObject>,
+    /// Its threads that wait for the child of a vfork(2).
+    pub vforks: Vec<Vfork>,
+}
+
+/// Anonymous memory that processes share (MAP_SHARED | MAP_ANONYMOUS).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct SharedObject {
+    /// The id by which areas name it ([`crate::image::AreaKind::SharedAnon`]).
+    pub id: u64,
+    /// Its size in bytes: what is mapped beyond gives SIGBUS.
+    pub size: u64,
+}
+
+/// A thread that waits until a child that borrows its memory has executed a program or ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Vfork {
+    /// The thread.
+    pub tid: i32,
+    /// The child.
+    pub child: i32,
+}
+
+/// The commit of a homecoming: from here on these processes run at home.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct HomeCommit {
+    /// Those that were announced together, and are still there.
     pub group: Vec<i32>,
 }
 
@@ -427,7 +462,7 @@ mod tests {
             }
         }
         assert!(Kind::from_u16(0).is_none());
-        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 30);
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 31);
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod process;
 pub mod ptrace;
 pub mod remote_call;
 pub mod restore;
+pub mod shared_memory;
 pub mod signal;
 pub mod startup;
 pub mod vdso;

@@ -344,7 +344,12 @@ fn a_process_with_threads_comes_home() {
         }
         let files: Vec<_> = captured.files.into_iter().map(Arc::new).collect();
         vessel
-            .adapt_layout(&image, &workers[0].1, &|id| files.get(id as usize).cloned())
+            .adapt_layout(
+                &image,
+                &workers[0].1,
+                &|id| files.get(id as usize).cloned(),
+                &|_| None,
+            )
             .unwrap();
         let memory = ProcessMemory::new(pid);
         for (address, bytes) in &captured.pages {

@@ -125,13 +125,17 @@ impl Call<'_> {
     /// Leaves the call unanswered: the tracer stops the guest, and the call is made again at home.
     fn go_home(&self, reason: StayReason) -> Result<(), NotifyError> {
         let guest = &self.thread.guest;
-        if matches!(reason, StayReason::Call { .. }) && guest.refused.swap(false, Ordering::AcqRel) {
-            // It was tried. To go on trying would be to stand still.
-            tracing::error!(pid = guest.pid, %reason, "cannot go home: the call fails with ENOSYS");
-            return self.respond(-i64::from(libc::ENOSYS), None);
+        let held = InCall::Held(self.notification);
+        *self.thread.call.lock() = held.clone();
+        let pause = guest.pause();
+        if !pause.is_zero() {
+            // It was tried just now. A signal for the thread, or another's going home, has the call made again meanwhile.
+            std::thread::sleep(pause);
+            if *self.thread.call.lock() != held {
+                return Ok(());
+            }
         }
         tracing::info!(pid = guest.pid, %reason, "goes home");
-        *self.thread.call.lock() = InCall::Held(self.notification);
         self.shared.post(Command::GoHome(self.thread.guest.pid, reason));
         Ok(())
     }

@@ -17,7 +17,7 @@ use shim::ptrace::Stopped;
 
 use super::guest::{Guest, SignalStatus, Thread};
 use super::shared::Command;
-use super::tracer::{Traced, Tracer};
+use super::tracer::{After, Traced, Tracer};
 
 /// How often a clone is repeated because the dying guest that had the id before was not gone yet.
 const TRIES: u32 = 10_000;
@@ -67,7 +67,7 @@ impl Tracer {
                 stopped.cont(0)?;
             }
             Err(CloneRefusal::GoHome(note)) => {
-                // Skip the call and stand before it again.
+                // Skip the call and stand before it again, still.
                 let again = Regs {
                     orig_rax: u64::MAX,
                     rax: regs.orig_rax,
@@ -75,12 +75,13 @@ impl Tracer {
                     ..regs
                 };
                 stopped.set_regs(&again)?;
-                stopped.cont(0)?;
                 let reason = StayReason::Call {
                     nr: regs.orig_rax as u32,
                     note: note.into(),
                 };
-                self.shared.post(Command::GoHome(thread.guest.pid, reason));
+                traced.after = Some(After::GoHome(reason));
+                shim::ptrace::interrupt(outer)?;
+                stopped.cont(0)?;
             }
             Ok(request) => {
                 let mask = SignalStatus::read(outer).unwrap_or_default().blocked;
@@ -312,7 +313,8 @@ impl Tracer {
         traced.cloning = None;
         if vfork && self.shared.guests.read().contains_key(&home) {
             traced.vfork = Some((home, stopped));
-            return Ok(());
+            // It stands still for whoever stops its guest.
+            return self.all_held(parent.guest.pid);
         }
         self.resume_or_hold(outer, stopped)
     }
@@ -335,17 +337,18 @@ impl Tracer {
                     *action = SigAction::default();
                 }
             }
-            let guest = Arc::new(Guest::new(
+            let mut guest = Guest::new(
                 home,
                 child,
                 parent.guest.listener.clone(),
                 parent.guest.turn.clone(),
                 parent.guest.pass_key,
                 actions,
-            )?);
+            )?;
             if request.shares_memory() {
-                *guest.shares_with.lock() = Some(parent.guest.pid);
+                guest.space = parent.guest.space;
             }
+            let guest = Arc::new(guest);
             self.shared.guests.write().insert(home, guest.clone());
             guest
         };

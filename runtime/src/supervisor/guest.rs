@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use linklayer::image::SigAction;
 use lru::LruCache;
@@ -16,6 +16,13 @@ use super::notify::Turn;
 
 /// What a cached result is known by: thread (0: any), number of the call.
 pub type Known = (i32, u32);
+
+/// Pauses between attempts to go home for the same call: they double from the first to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Numbers for [`Guest::space`].
+static SPACES: AtomicU64 = AtomicU64::new(1);
 
 /// A guest: the user half of one process.
 pub struct Guest {
@@ -47,10 +54,10 @@ pub struct Guest {
     pub overruns: Mutex<LruCache<i32, i32>>,
     /// Threads that have ended or are about to, as the supervisor sees them.
     pub ended: Mutex<HashSet<i32>>,
-    /// It could not go home for the call that it makes next.
-    pub refused: AtomicBool,
-    /// It shares its memory with another process until that executes something or ends (vfork).
-    pub shares_with: Mutex<Option<i32>>,
+    /// How often it could not go home for a call, and when that was last.
+    pub setback: Mutex<Option<(u32, Instant)>>,
+    /// Number of its address space: guests with the same one have the same memory (CLONE_VM).
+    pub space: u64,
 }
 
 impl Guest {
@@ -82,9 +89,27 @@ impl Guest {
             incoming: AtomicU32::new(0),
             overruns: Mutex::new(LruCache::new(capacity)),
             ended: Mutex::default(),
-            refused: AtomicBool::new(false),
-            shares_with: Mutex::new(None),
+            setback: Mutex::new(None),
+            space: SPACES.fetch_add(1, Ordering::Relaxed),
         })
+    }
+
+    /// It could not go home for a call that it will make again.
+    pub fn set_back(&self) {
+        let mut setback = self.setback.lock();
+        let before = setback.filter(|(_, when)| when.elapsed() < 2 * LONGEST_PAUSE);
+        *setback = Some((before.map_or(0, |(n, _)| n) + 1, Instant::now()));
+    }
+
+    /// How long to wait before it is tried again to go home for a call: home may lack memory for the moment.
+    pub fn pause(&self) -> Duration {
+        match *self.setback.lock() {
+            Some((times, when)) => {
+                let pause = FIRST_PAUSE.saturating_mul(1 << times.min(16)).min(LONGEST_PAUSE);
+                pause.saturating_sub(when.elapsed())
+            }
+            None => Duration::ZERO,
+        }
     }
 
     /// The disposition of a signal.

@@ -1,61 +1,162 @@
-//! Sending a guest home: stop, capture, send, and only when home runs it, forget it.
+//! Sending guests home: stop, capture, send, and only when home runs them, forget them.
+//!
+//! Guests that share memory go together, all or none: those that map the same anonymous memory shared, and those that have
+//! one address space (vfork(2), CLONE_VM). Who belongs to a group is found when its first members stand still; whoever is
+//! found then is stopped too, until there is nobody left who could see the memory change.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use linklayer::frame::Header;
-use linklayer::image::{Area, AreaKind, ProcessImage};
+use linklayer::image::ProcessImage;
 use linklayer::stay::StayReason;
-use linklayer::wire::{self, Kind};
-use shim::memory::ProcessMemory;
+use linklayer::wire::{self, Kind, Vfork};
 
+use super::guest::Guest;
 use super::shared::{Command, Shared};
 use super::tracer::{Hold, Tracer};
-
-/// Most bytes of pages in one frame.
-const PAGES_BYTES: usize = 256 << 10;
+use super::transfer::{self, Member};
 
 impl Tracer {
     /// Goes on with stopping a guest when all its threads have stopped.
     pub(super) fn all_held(&mut self, pid: i32) -> anyhow::Result<()> {
-        let Some(Hold::Home(reason)) = self.holds.get(&pid) else {
-            return Ok(());
-        };
-        let reason = reason.clone();
-        let mut threads = self
-            .threads
-            .values()
-            .filter(|t| t.thread.guest.pid == pid)
-            .peekable();
-        let Some(first) = threads.peek().map(|t| t.thread.clone()) else {
-            return Ok(());
-        };
-        let leader_ended = first.guest.ended.lock().contains(&first.guest.outer);
-        if !leader_ended && threads.any(|t| t.held.is_none()) {
-            return Ok(());
-        }
-        if leader_ended {
-            return self.went_home(pid, Err("its first thread has ended".into()));
-        }
-        match self.capture(pid) {
-            Ok(image) => {
-                let Some(outer) = self.shared.guests.read().get(&pid).map(|g| g.outer) else {
-                    return Ok(());
-                };
-                send_home(&self.shared, pid, outer, image, reason)
+        match self.holds.get(&pid) {
+            Some(Hold::Home { first, .. }) => {
+                let first = *first;
+                self.group_held(first)
             }
-            Err(e) => self.went_home(pid, Err(format!("capture: {e:#}"))),
+            _ => Ok(()),
         }
     }
 
-    fn capture(&mut self, pid: i32) -> anyhow::Result<ProcessImage> {
-        let (outer, key) = self
-            .shared
+    /// Goes on with a group when everybody in it stands still.
+    pub(super) fn group_held(&mut self, first: i32) -> anyhow::Result<()> {
+        if self.homing.contains_key(&first) {
+            return Ok(());
+        }
+        let members: Vec<Arc<Guest>> = {
+            let guests = self.shared.guests.read();
+            self.group(first)
+                .iter()
+                .filter_map(|pid| guests.get(pid).cloned())
+                .collect()
+        };
+        if members.is_empty() || !members.iter().all(|guest| self.stands_still(guest)) {
+            return Ok(());
+        }
+        let pids: Vec<i32> = members.iter().map(|guest| guest.pid).collect();
+        let wanted = |pid: &i32| matches!(self.holds.get(pid), Some(Hold::Home { reason, .. }) if *reason != StayReason::SharedMemory);
+        if !pids.iter().any(wanted) {
+            // Who had a reason to go home has ended.
+            return pids.into_iter().try_for_each(|pid| self.release(pid));
+        }
+        let more = self.relatives(&members);
+        if !more.is_empty() {
+            for pid in &more {
+                self.join(*pid, first);
+            }
+            for pid in more {
+                self.stop_threads(pid)?;
+            }
+            return self.group_held(first);
+        }
+        match self.capture_group(&members) {
+            Ok(captured) => {
+                self.homing.insert(first, pids);
+                transfer::start(&self.shared, first, captured)
+            }
+            Err(e) => {
+                self.homing.insert(first, pids);
+                self.went_home(first, Err(format!("capture: {e:#}")))
+            }
+        }
+    }
+
+    fn group(&self, group: i32) -> Vec<i32> {
+        let mut pids: Vec<i32> = self
+            .holds
+            .iter()
+            .filter(|(_, hold)| matches!(hold, Hold::Home { first, .. } if *first == group))
+            .map(|(pid, _)| *pid)
+            .collect();
+        pids.sort_unstable();
+        pids
+    }
+
+    /// Takes a guest into a group, with those who were going home with it.
+    fn join(&mut self, pid: i32, group: i32) {
+        let before = match self.holds.get(&pid) {
+            Some(Hold::Home { first, .. }) => Some(*first),
+            _ => None,
+        };
+        match before {
+            Some(before) => {
+                for hold in self.holds.values_mut() {
+                    match hold {
+                        Hold::Home { first, .. } if *first == before => *first = group,
+                        _ => {}
+                    }
+                }
+            }
+            None => {
+                let reason = StayReason::SharedMemory;
+                self.holds.insert(pid, Hold::Home { first: group, reason });
+            }
+        }
+    }
+
+    /// Whether no thread of a guest runs.
+    fn stands_still(&self, guest: &Guest) -> bool {
+        let mut threads = self
+            .threads
+            .values()
+            .filter(|t| t.thread.guest.pid == guest.pid)
+            .peekable();
+        threads.peek().is_some() && threads.all(|t| t.held.is_some() || t.vfork.is_some())
+    }
+
+    /// The guests outside of a group that share memory with one inside.
+    fn relatives(&self, members: &[Arc<Guest>]) -> Vec<i32> {
+        let spaces: HashSet<u64> = members.iter().map(|guest| guest.space).collect();
+        let objects: HashSet<u64> = members.iter().flat_map(|guest| shared_objects(guest)).collect();
+        self.shared
             .guests
             .read()
-            .get(&pid)
-            .map_or((0, 0), |g| (g.outer, g.pass_key));
+            .values()
+            .filter(|guest| !members.iter().any(|member| member.pid == guest.pid))
+            .filter(|guest| {
+                spaces.contains(&guest.space)
+                    || (!objects.is_empty() && shared_objects(guest).iter().any(|id| objects.contains(id)))
+            })
+            .map(|guest| guest.pid)
+            .collect()
+    }
+
+    fn capture_group(&mut self, members: &[Arc<Guest>]) -> anyhow::Result<Vec<Member>> {
+        let mut captured = Vec::new();
+        for guest in members {
+            let (image, vforks) = self
+                .capture(guest)
+                .map_err(|e| e.context(format!("process {}", guest.pid)))?;
+            let reason = match self.holds.get(&guest.pid) {
+                Some(Hold::Home { reason, .. }) => reason.clone(),
+                _ => StayReason::SharedMemory,
+            };
+            captured.push(Member {
+                pid: guest.pid,
+                reached_by: guest.memory.pid(),
+                space: guest.space,
+                image,
+                reason,
+                vforks,
+            });
+        }
+        Ok(captured)
+    }
+
+    fn capture(&mut self, guest: &Guest) -> anyhow::Result<(ProcessImage, Vec<Vfork>)> {
+        let pid = guest.pid;
         let ids: HashMap<i32, i32> = self
             .threads
             .iter()
@@ -63,25 +164,37 @@ impl Tracer {
             .map(|(outer, t)| (*outer, t.thread.tid))
             .collect();
         let mut order: Vec<i32> = ids.keys().copied().collect();
-        order.sort_by_key(|o| (*o != outer, *o));
-        let mut tokens = order
-            .iter()
-            .filter_map(|o| self.threads.get_mut(o).and_then(|t| t.held.take()))
-            .collect::<Vec<_>>();
+        order.sort_by_key(|o| (*o != guest.outer, *o));
+        let mut vforks = HashMap::new();
+        let mut tokens = Vec::new();
+        for outer in order {
+            let Some(traced) = self.threads.get_mut(&outer) else {
+                continue;
+            };
+            if let Some((child, token)) = traced.vfork.take() {
+                vforks.insert(outer, child);
+                tokens.push(token);
+            } else if let Some(token) = traced.held.take() {
+                tokens.push(token);
+            }
+        }
         // Nothing but our memfds backs files here, and they carry their number.
-        let described = shim::capture::describe(outer, &mut tokens, key, |file| {
+        let described = shim::capture::describe(guest.outer, &mut tokens, guest.pass_key, |file| {
             Err(format!(
                 "{} is no file of home",
                 String::from_utf8_lossy(file.path)
             ))
         });
         for token in tokens {
-            if let Some(traced) = self.threads.get_mut(&token.tid()) {
-                traced.held = Some(token);
+            let outer = token.tid();
+            if let Some(traced) = self.threads.get_mut(&outer) {
+                match vforks.get(&outer) {
+                    Some(child) => traced.vfork = Some((*child, token)),
+                    None => traced.held = Some(token),
+                }
             }
         }
         let mut image = described?;
-        self.shares_nothing(pid, &image)?;
         image.pid = pid;
         for thread in &mut image.threads {
             if let Some(own) = self.threads.get(&thread.tid) {
@@ -89,143 +202,86 @@ impl Tracer {
             }
             thread.tid = ids.get(&thread.tid).copied().unwrap_or(thread.tid);
         }
-        Ok(image)
+        let vforks = vforks
+            .into_iter()
+            .filter_map(|(outer, child)| Some((*ids.get(&outer)?, child)))
+            .map(|(tid, child)| Vfork { tid, child })
+            .collect();
+        Ok((image, vforks))
     }
 
-    /// Whether no other guest sees the memory of this one: at home it would be another memory.
-    fn shares_nothing(&self, pid: i32, image: &ProcessImage) -> anyhow::Result<()> {
-        let guests = self.shared.guests.read();
-        for guest in guests.values() {
-            let with = *guest.shares_with.lock();
-            anyhow::ensure!(
-                with.is_none() || (guest.pid != pid && with != Some(pid)),
-                "its memory is that of another process (CLONE_VM)"
-            );
-        }
-        let mut shared: Vec<(u64, u64, u64)> = image
-            .areas
-            .iter()
-            .filter_map(|a| match a.kind {
-                AreaKind::SharedAnon { id, offset, .. } => Some((id, offset, offset + (a.end - a.start))),
-                _ => None,
-            })
-            .collect();
-        if shared.is_empty() {
-            return Ok(());
-        }
-        shared.sort_unstable();
-        anyhow::ensure!(
-            shared.windows(2).all(|w| w[0].0 != w[1].0 || w[0].2 <= w[1].1),
-            "it maps the same shared memory twice"
-        );
-        for guest in guests.values().filter(|g| g.pid != pid) {
-            let lines = shim::capture::map_lines(guest.memory.pid(), false).unwrap_or_default();
-            anyhow::ensure!(
-                !lines.iter().any(|l| l.shared
-                    && l.path.starts_with(b"/dev/zero")
-                    && shared.iter().any(|s| s.0 == l.ino)),
-                "it shares memory with process {}",
-                guest.pid
-            );
+    /// Home runs a group now, or it goes on here.
+    pub(super) fn went_home(&mut self, first: i32, result: Result<(), String>) -> anyhow::Result<()> {
+        let members = self.homing.remove(&first).unwrap_or_default();
+        for pid in members {
+            let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
+                continue;
+            };
+            match &result {
+                Ok(()) => {
+                    guest.leaving.store(true, Ordering::Release);
+                    // What is left of it dies thread by thread, and must not be taken for a guest that is to be captured.
+                    self.holds.remove(&pid);
+                    let outer = nix::unistd::Pid::from_raw(guest.outer);
+                    nix::sys::signal::kill(outer, nix::sys::signal::Signal::SIGKILL)?;
+                }
+                Err(why) => {
+                    if matches!(
+                        self.holds.get(&pid),
+                        Some(Hold::Home {
+                            reason: StayReason::Call { .. },
+                            ..
+                        })
+                    ) {
+                        tracing::error!(
+                            pid,
+                            why,
+                            "cannot go home for its call yet; it will be tried again"
+                        );
+                        guest.set_back();
+                    } else {
+                        tracing::error!(pid, why, "does not go home; it goes on here");
+                    }
+                    let why = why.clone();
+                    let body = wire::MoveFailed { pid, why };
+                    // In front of what is said when it is tried again.
+                    self.shared.tell(first, Kind::MoveFailed, &wire::encode(&body));
+                    self.release(pid)?;
+                }
+            }
         }
         Ok(())
     }
-
-    /// Home runs the process now, or it goes on here.
-    pub(super) fn went_home(&mut self, pid: i32, result: Result<(), String>) -> anyhow::Result<()> {
-        match result {
-            Ok(()) => {
-                let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
-                    return Ok(());
-                };
-                guest.leaving.store(true, Ordering::Release);
-                // What is left of it dies thread by thread, and must not be taken for a guest that is to be captured.
-                self.holds.remove(&pid);
-                let outer = nix::unistd::Pid::from_raw(guest.outer);
-                nix::sys::signal::kill(outer, nix::sys::signal::Signal::SIGKILL)?;
-                Ok(())
-            }
-            Err(why) => {
-                tracing::error!(pid, why, "does not go home; it goes on here");
-                if matches!(self.holds.get(&pid), Some(Hold::Home(StayReason::Call { .. })))
-                    && let Some(guest) = self.shared.guests.read().get(&pid)
-                {
-                    guest.refused.store(true, Ordering::Release);
-                }
-                let body = wire::MoveFailed { pid, why };
-                self.shared.tell(pid, Kind::MoveFailed, &wire::encode(&body));
-                self.release(pid)
-            }
-        }
-    }
 }
 
-fn send_home(
+/// The anonymous memory that a guest maps shared.
+fn shared_objects(guest: &Guest) -> Vec<u64> {
+    shim::capture::map_lines(guest.memory.pid(), false)
+        .unwrap_or_default()
+        .into_iter()
+        .filter(|line| line.shares_memory())
+        .map(|line| line.ino)
+        .collect()
+}
+
+/// Asks the tracer after a pause to send a guest home.
+pub(super) fn go_home_after(
     shared: &Arc<Shared>,
     pid: i32,
-    outer: i32,
-    image: ProcessImage,
     reason: StayReason,
+    pause: Duration,
 ) -> anyhow::Result<()> {
+    if pause.is_zero() {
+        shared.post(Command::GoHome(pid, reason));
+        return Ok(());
+    }
     let shared = shared.clone();
     std::thread::Builder::new()
-        .name("homeward".into())
+        .name("again".into())
+        .stack_size(64 << 10)
         .spawn(move || {
-            let result = transfer(&shared, pid, outer, image, reason).map_err(|e| format!("{e:#}"));
-            shared.post(Command::WentHome(pid, result));
+            std::thread::sleep(pause);
+            shared.post(Command::GoHome(pid, reason));
         })?;
-    Ok(())
-}
-
-fn transfer(
-    shared: &Shared,
-    pid: i32,
-    outer: i32,
-    image: ProcessImage,
-    reason: StayReason,
-) -> anyhow::Result<()> {
-    let areas = image.areas.clone();
-    let body = wire::Homecoming {
-        image,
-        reason,
-        group: vec![pid],
-    };
-    let wire::Errno(errno) = wire::decode(&shared.ask(pid, pid, Kind::Homecoming, &wire::encode(&body))?)?;
-    anyhow::ensure!(
-        errno == 0,
-        "layout at home: {}",
-        nix::errno::Errno::from_raw(errno).desc()
-    );
-    send_pages(shared, pid, outer, &areas)?;
-    let commit = wire::encode(&wire::Pid(pid));
-    let wire::Errno(errno) = wire::decode(&shared.ask(pid, pid, Kind::HomeCommit, &commit)?)?;
-    anyhow::ensure!(
-        errno == 0,
-        "resuming at home: {}",
-        nix::errno::Errno::from_raw(errno).desc()
-    );
-    Ok(())
-}
-
-fn send_pages(shared: &Shared, pid: i32, outer: i32, areas: &[Area]) -> anyhow::Result<()> {
-    let link = shared.link()?;
-    let memory = ProcessMemory::new(outer);
-    for area in areas.iter().filter(|a| !a.is_kernel()) {
-        for run in shim::capture::page_runs(outer, area)? {
-            let mut at = run.start;
-            while at < run.end {
-                let len = ((run.end - at) as usize).min(PAGES_BYTES);
-                let mut data = vec![0; len];
-                memory.read_forced(at, &mut data)?;
-                if matches!(area.kind, AreaKind::SharedAnon { .. }) && data.iter().all(|b| *b == 0) {
-                    at += len as u64;
-                    continue;
-                }
-                let header = Header::new(Kind::Pages as u16, pid, link.next_seq());
-                link.send(pid as u32, header, &[&at.to_le_bytes(), &data])?;
-                at += len as u64;
-            }
-        }
-    }
     Ok(())
 }

@@ -20,6 +20,7 @@ mod shared;
 mod signals;
 mod split;
 mod tracer;
+mod transfer;
 mod usage;
 
 pub use handshake::{

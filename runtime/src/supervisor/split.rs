@@ -50,8 +50,11 @@ fn fault() -> Outcome {
 fn mmap(call: &Call) -> Result<Outcome, Outcome> {
     let [_, len, prot, flags, fd, offset] = call.args;
     let flags = flags as i32;
+    if flags & libc::MAP_HUGETLB != 0 {
+        return Ok(Outcome::GoHome("huge pages are those of home".into()));
+    }
     if flags & libc::MAP_ANONYMOUS != 0 {
-        // Shared with children on this node only; they go home together.
+        // Shared with children, all of which are here; they move together.
         return Ok(Outcome::Continue);
     }
     let request = wire::MapFile {

@@ -4,13 +4,14 @@
 //! notifications with restart codes (KERNEL-FACTS A), stops and captures guests. It never waits for home: what must,
 //! runs on threads of its own and posts a [`Command`] when it is done.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crossbeam_channel::Receiver;
 use linklayer::image::Regs;
+use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
@@ -41,8 +42,13 @@ pub fn is_restart(ret: i64) -> bool {
 pub(super) enum Hold {
     /// Its vessel was stopped by job control.
     Stopped,
-    /// It goes home.
-    Home(linklayer::stay::StayReason),
+    /// It goes home, with all others that have the same `first`.
+    Home {
+        /// The process of the group for which it began.
+        first: i32,
+        /// Why this one goes.
+        reason: StayReason,
+    },
 }
 
 /// What to do at the stop that follows an interrupt.
@@ -56,6 +62,8 @@ pub(super) enum After {
         /// The call's result after the handler.
         ret: i64,
     },
+    /// Keep it stopped, and send its guest home.
+    GoHome(StayReason),
 }
 
 /// A guest thread as the tracer keeps it.
@@ -63,7 +71,7 @@ pub(super) struct Traced {
     pub(super) thread: Arc<Thread>,
     /// Signals queued for it, with the siginfo they are to have.
     pub(super) fixes: Vec<super::signals::Fix>,
-    after: Option<After>,
+    pub(super) after: Option<After>,
     /// Registers from before the exchange for rt_sigsuspend, with the result in them.
     suspended: Option<Box<Regs>>,
     /// It is kept stopped.
@@ -98,6 +106,10 @@ pub struct Tracer {
     pub(super) threads: HashMap<i32, Traced>,
     pub(super) strays: HashMap<i32, Stopped>,
     pub(super) holds: HashMap<i32, Hold>,
+    /// Guests whose vessels are stopped by job control, whatever else holds them.
+    pub(super) frozen: HashSet<i32>,
+    /// Groups that are on their way home, by their first process.
+    pub(super) homing: HashMap<i32, Vec<i32>>,
     /// Stopped and built, waiting for home's word to run.
     pub(super) built: HashMap<i32, Vec<Stopped>>,
     pub(super) next_token: u64,
@@ -133,6 +145,8 @@ impl Tracer {
             threads: HashMap::new(),
             strays: HashMap::new(),
             holds: HashMap::new(),
+            frozen: HashSet::new(),
+            homing: HashMap::new(),
             built: HashMap::new(),
             next_token: super::signals::FIRST_TOKEN,
             early: Vec::new(),
@@ -223,6 +237,7 @@ impl Tracer {
             } => self.reply(outer, notification, ret, mask),
             Command::Cloned { outer, reply } => self.cloned(outer, reply),
             Command::Freeze(pid, counted) => {
+                self.frozen.insert(pid);
                 let held = self.hold(pid, Hold::Stopped);
                 if let Some(guest) = counted {
                     guest.incoming.fetch_sub(1, Ordering::AcqRel);
@@ -231,8 +246,8 @@ impl Tracer {
             }
             Command::Thaw(pid) => self.thaw(pid),
             Command::Discard(pid) => self.discard(pid),
-            Command::GoHome(pid, reason) => self.hold(pid, Hold::Home(reason)),
-            Command::WentHome(pid, result) => self.went_home(pid, result),
+            Command::GoHome(pid, reason) => self.hold(pid, Hold::Home { first: pid, reason }),
+            Command::WentHome(first, result) => self.went_home(first, result),
             Command::End(_) => Ok(()),
         }
     }
@@ -291,6 +306,14 @@ impl Tracer {
                 stopped.cont(0)?;
                 return Ok(());
             }
+            Some(After::GoHome(reason)) => {
+                let guest = traced.thread.guest.clone();
+                traced.held = Some(stopped);
+                if self.holds.contains_key(&guest.pid) {
+                    return self.all_held(guest.pid);
+                }
+                return super::homeward::go_home_after(&self.shared, guest.pid, reason, guest.pause());
+            }
             Some(After::Go) | None => {}
         }
         let pid = traced.thread.guest.pid;
@@ -314,7 +337,7 @@ impl Tracer {
             return Ok(());
         };
         let guest = traced.thread.guest.clone();
-        let capturing = matches!(self.holds.get(&guest.pid), Some(Hold::Home(_)));
+        let capturing = matches!(self.holds.get(&guest.pid), Some(Hold::Home { .. }));
         *traced.thread.call.lock() = InCall::Idle;
         // epoll_wait(2) and its kind end with EINTR where others restart; no handler has run, so the guest must not see it.
         let interrupted = (mask.is_some() || capturing) && ret == -i64::from(libc::EINTR);
@@ -347,30 +370,36 @@ impl Tracer {
 
     /// Stops all threads of a guest.
     fn hold(&mut self, pid: i32, why: Hold) -> anyhow::Result<()> {
-        let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
+        if !self.shared.guests.read().contains_key(&pid) {
             return Ok(());
-        };
-        if matches!(self.holds.get(&pid), Some(Hold::Home(_))) {
+        }
+        if matches!(self.holds.get(&pid), Some(Hold::Home { .. })) {
             // Another of its threads made a call that takes it home, too.
             let threads = self.threads.values().filter(|t| t.thread.guest.pid == pid);
             threads.for_each(|t| make_again(&t.thread));
             return Ok(());
         }
-        let home = matches!(why, Hold::Home(_));
         self.holds.insert(pid, why);
+        self.stop_threads(pid)?;
+        self.all_held(pid)
+    }
+
+    /// Has all threads of a guest stop that are to be held.
+    pub(super) fn stop_threads(&mut self, pid: i32) -> anyhow::Result<()> {
+        let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
+            return Ok(());
+        };
+        let home = matches!(self.holds.get(&pid), Some(Hold::Home { .. }));
         if home {
             guest.freezing.store(true, Ordering::Release);
         }
         let threads: Vec<Arc<Thread>> = self
             .threads
             .values()
-            .filter(|t| t.thread.guest.pid == pid)
+            .filter(|t| t.thread.guest.pid == pid && t.held.is_none() && t.vfork.is_none())
             .map(|t| t.thread.clone())
             .collect();
         for thread in threads {
-            if self.threads.get(&thread.outer).is_some_and(|t| t.held.is_some()) {
-                continue;
-            }
             match ptrace::interrupt(thread.outer) {
                 // A leader that ended before the others.
                 Err(e) if e.is_gone() => continue,
@@ -382,10 +411,11 @@ impl Tracer {
             self.interrupt_call(&thread, None);
             make_again(&thread);
         }
-        self.all_held(pid)
+        Ok(())
     }
 
     fn thaw(&mut self, pid: i32) -> anyhow::Result<()> {
+        self.frozen.remove(&pid);
         if !matches!(self.holds.get(&pid), Some(Hold::Stopped)) {
             return Ok(());
         }
@@ -397,6 +427,10 @@ impl Tracer {
         self.holds.remove(&pid);
         if let Some(guest) = self.shared.guests.read().get(&pid) {
             guest.freezing.store(false, Ordering::Release);
+        }
+        if self.frozen.contains(&pid) {
+            self.holds.insert(pid, Hold::Stopped);
+            return Ok(());
         }
         for traced in self.threads.values_mut().filter(|t| t.thread.guest.pid == pid) {
             if let Some(stopped) = traced.held.take() {
@@ -432,8 +466,14 @@ impl Tracer {
             return;
         }
         self.shared.guests.write().remove(&guest.pid);
-        self.holds.remove(&guest.pid);
+        self.frozen.remove(&guest.pid);
         self.built.remove(&guest.pid);
+        if let Some(Hold::Home { first, .. }) = self.holds.remove(&guest.pid)
+            && let Err(e) = self.group_held(first)
+        {
+            // The others go on without it.
+            tracing::debug!(error = format!("{e:#}"), "hold");
+        }
         if !guest.leaving.load(Ordering::Acquire) {
             let signal = if status & 0x7f != 0 {
                 status & 0x7f

@@ -5,6 +5,8 @@ use std::ops::Range;
 
 use linklayer::image::{AreaFlags, Prot, RESERVED};
 
+use crate::shared_memory;
+
 /// One line of /proc/PID/maps with the flags of smaps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MapLine {
@@ -29,6 +31,12 @@ pub struct MapLine {
 }
 
 impl MapLine {
+    /// Whether it is anonymous memory that is shared with whoever maps the same inode.
+    pub fn shares_memory(&self) -> bool {
+        let bare = self.path.strip_suffix(DELETED).unwrap_or(&self.path);
+        self.shared && self.ino != 0 && (bare == shared_memory::KERNELS || bare == shared_memory::PATH)
+    }
+
     /// The flags that a process can set, as an image has them.
     pub fn area_flags(&self) -> AreaFlags {
         let mut flags = if self.shared { AreaFlags::SHARED } else { 0 };

@@ -80,7 +80,7 @@ fn area(
                     file_id,
                     offset: line.offset,
                 }
-            } else if line.shared && bare == b"/dev/zero" || path.starts_with(b"/SYSV") {
+            } else if line.shares_memory() || path.starts_with(b"/SYSV") {
                 let sysv = path.starts_with(b"/SYSV");
                 AreaKind::SharedAnon {
                     id: line.ino,

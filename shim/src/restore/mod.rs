@@ -45,6 +45,18 @@ pub enum RestoreError {
     Unsuitable(String),
 }
 
+impl RestoreError {
+    /// Whether the process is dead.
+    pub fn is_gone(&self) -> bool {
+        match self {
+            RestoreError::Call(e) => e.is_gone(),
+            RestoreError::Ptrace(e) => e.is_gone(),
+            RestoreError::Capture(e) => e.is_gone(),
+            _ => false,
+        }
+    }
+}
+
 /// A process under construction: its leader, and the other threads that were [started](Rebuilt::start_threads), can be
 /// made to execute calls.
 #[derive(Debug)]
@@ -385,17 +397,22 @@ fn mm_fields(
     Ok(())
 }
 
-/// Dispositions and personality; no descriptor stays open.
-fn process(
+/// Gives a process the dispositions of the signals 1, 2 ... that it has not yet: to set one anew can discard a pending signal.
+pub(crate) fn actions(
     calls: &mut RemoteCalls,
     memory: &ProcessMemory,
-    image: &ProcessImage,
+    wanted: &[SigAction],
+    present: &[SigAction],
 ) -> Result<(), RestoreError> {
     /// Of struct sigaction.
     const LEN: usize = 32;
     let set: Vec<(u64, &SigAction)> = (1..)
-        .zip(&image.actions)
-        .filter(|(signal, action)| **action != SigAction::default() && ![9, 19].contains(signal))
+        .zip(wanted)
+        .enumerate()
+        .filter(|(i, (signal, action))| {
+            present.get(*i).copied().unwrap_or_default() != **action && ![9, 19].contains(signal)
+        })
+        .map(|(_, pair)| pair)
         .collect();
     for part in set.chunks(ARGUMENTS_LEN / LEN) {
         let bytes: Vec<u8> = part
@@ -412,6 +429,16 @@ fn process(
             .collect();
         calls.batch_all(&batch)?;
     }
+    Ok(())
+}
+
+/// Dispositions and personality; no descriptor stays open.
+fn process(
+    calls: &mut RemoteCalls,
+    memory: &ProcessMemory,
+    image: &ProcessImage,
+) -> Result<(), RestoreError> {
+    actions(calls, memory, &image.actions, &[])?;
     let personality = [u64::from(image.personality), 0, 0, 0, 0, 0];
     calls.batch_all(&[
         batched("personality", libc::SYS_personality, personality),

@@ -10,15 +10,15 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use linklayer::image::{Area, AreaFlags, AreaKind, PAGE, ProcessImage, SigInfo};
+use linklayer::image::{Area, AreaFlags, AreaKind, PAGE, ProcessImage, SigInfo, ThreadImage};
 use nix::errno::Errno;
 
-use super::{ARENA_ADDRESS, ARENA_LEN, Slot, Vessel, VesselError};
-use crate::capture::{MapLine, map_lines, reserved, vdso_site};
+use super::{ARENA_ADDRESS, ARENA_LEN, Raised, Slot, Vessel, VesselError};
+use crate::capture::{self, MapLine, map_lines, reserved, vdso_site};
 use crate::memory::ProcessMemory;
 use crate::ptrace::{self, Stop, Stopped};
 use crate::remote_call::RemoteCalls;
-use crate::restore::{TRAMPOLINE, register, requeue, set_xstate};
+use crate::restore::{self, TRAMPOLINE, register, requeue, set_xstate};
 use crate::xstate;
 
 /// A piece of the address space that has to change.
@@ -32,7 +32,7 @@ enum Change<'a> {
 
 impl Vessel {
     /// Makes the vessel's areas those of the image. `worker` is one of its idle workers; `file` gives the open file
-    /// behind a number.
+    /// behind a number, `object` the one behind the id of shared anonymous memory, which is mapped anew.
     ///
     /// # Errors
     /// A call that fails. The vessel then still executes calls, and the guest may go on.
@@ -41,10 +41,12 @@ impl Vessel {
         image: &ProcessImage,
         worker: &Slot,
         file: &dyn Fn(u64) -> Option<Arc<File>>,
+        object: &dyn Fn(u64) -> Option<Arc<File>>,
     ) -> Result<(), VesselError> {
         for thread in &image.threads {
             xstate::fits(&thread.xstate, &image.xstate_layout)?;
         }
+        let _raised = Raised::new(self.pid, &[libc::RLIMIT_NOFILE, libc::RLIMIT_AS]);
         let lines: Vec<MapLine> = map_lines(self.pid, true)?
             .into_iter()
             .filter(|l| !reserved(&l.range) && !special(l))
@@ -72,7 +74,7 @@ impl Vessel {
                     let args = [r.start, r.end - r.start, u64::from(prot), 0, 0, 0];
                     call("mprotect", libc::SYS_mprotect, args)?;
                 }
-                Change::Map(r, area) => map(worker, &call, &r, area, file)?,
+                Change::Map(r, area) => map(worker, &call, &r, area, file, object)?,
                 Change::Advise(r, advice) => {
                     let args = [r.start, r.end - r.start, advice as u64, 0, 0, 0];
                     let done = call("madvise", libc::SYS_madvise, args);
@@ -118,6 +120,15 @@ impl Vessel {
     /// # Errors
     /// A thread is gone: the process was killed.
     pub fn resume(self, image: &ProcessImage) -> Result<Vec<Stopped>, VesselError> {
+        self.gather(image)?.finish(true)
+    }
+
+    /// The first part of [`Vessel::resume`]: everything but what ends the vessel, so that vessels that share their memory
+    /// can all be brought so far before one of them takes the stub away.
+    ///
+    /// # Errors
+    /// A thread is gone: the process was killed.
+    pub fn gather(self, image: &ProcessImage) -> Result<Homebound<'_>, VesselError> {
         let site = vdso_site(self.pid)?;
         let memory = ProcessMemory::new(self.pid);
         let mut threads = Vec::new();
@@ -133,19 +144,41 @@ impl Vessel {
         }
         end_catcher(self.catcher, &mut caught)?;
         if let Some((calls, _)) = threads.first_mut() {
+            // Those that the guest changed last may not have been told.
+            let present = capture::actions(calls, &memory)?;
+            restore::actions(calls, &memory, &image.actions, &present)?;
             for info in image.pending.iter().chain(&caught) {
                 requeue(calls, &memory, self.pid, None, info)?;
             }
         }
+        Ok(Homebound { threads, site, image })
+    }
+}
+
+/// A vessel whose threads have all they need to be the process again. See [`Vessel::gather`].
+#[derive(Debug)]
+pub struct Homebound<'a> {
+    threads: Vec<(RemoteCalls, &'a ThreadImage)>,
+    site: u64,
+    image: &'a ProcessImage,
+}
+
+impl Homebound<'_> {
+    /// The second part of [`Vessel::resume`]. With `clear`, the stub and the arena are taken out of the memory: nobody who
+    /// shares it may need them any more.
+    ///
+    /// # Errors
+    /// A thread is gone: the process was killed.
+    pub fn finish(self, clear: bool) -> Result<Vec<Stopped>, VesselError> {
         let mut running = Vec::new();
-        for (index, (mut calls, thread)) in threads.into_iter().enumerate() {
-            if index == 0 && !self.shares_memory {
-                calls.move_to(site);
+        for (index, (mut calls, thread)) in self.threads.into_iter().enumerate() {
+            if index == 0 && clear {
+                calls.move_to(self.site);
                 calls.call("munmap", libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0])?;
                 let arena = [ARENA_ADDRESS, ARENA_LEN as u64, 0, 0, 0, 0];
                 calls.call("munmap", libc::SYS_munmap, arena)?;
             }
-            set_xstate(calls.stopped(), thread, &image.xstate_layout)?;
+            set_xstate(calls.stopped(), thread, &self.image.xstate_layout)?;
             running.push(calls.end_with(&thread.regs, thread.sigmask)?);
         }
         Ok(running)
@@ -275,6 +308,7 @@ fn map(
     range: &Range<u64>,
     area: &Area,
     file: &dyn Fn(u64) -> Option<Arc<File>>,
+    object: &dyn Fn(u64) -> Option<Arc<File>>,
 ) -> Result<(), VesselError> {
     let mut flags = libc::MAP_FIXED;
     flags |= if area.shared() {
@@ -291,35 +325,38 @@ fn map(
     let len = range.end - range.start;
     let prot = u64::from(area.prot.0);
     let args = |flags: i32, fd: u64, offset| [range.start, len, prot, flags as u64, fd, offset];
-    match area.kind {
+    let missing = |what| VesselError::Slot {
+        what,
+        errno: Errno::ENOENT,
+    };
+    let (backing, access, offset) = match area.kind {
         AreaKind::File { file_id, offset } => {
-            let missing = VesselError::Slot {
-                what: "file of a mapping",
-                errno: Errno::ENOENT,
-            };
-            let file = file(file_id).ok_or(missing)?;
-            // The deputy's own descriptor names the very file, also when it was deleted.
-            let path = format!("/proc/{}/fd/{}\0", std::process::id(), file.as_raw_fd());
-            worker.write(0, path.as_bytes());
-            let open = (libc::O_RDONLY | libc::O_CLOEXEC) as u64;
-            let fd = call(
-                "open of a mapped file",
-                libc::SYS_open,
-                [worker.data_address(), open, 0, 0, 0, 0],
-            )?;
-            let offset = offset + (range.start - area.start);
-            let mapped = call("mmap", libc::SYS_mmap, args(flags, fd, offset));
-            call("close", libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
-            mapped?;
+            let file = file(file_id).ok_or(missing("file of a mapping"))?;
+            (file, libc::O_RDONLY, offset)
+        }
+        AreaKind::SharedAnon { id, offset, .. } => {
+            let object = object(id).ok_or(missing("shared memory of a mapping"))?;
+            (object, libc::O_RDWR, offset)
         }
         _ => {
-            call(
-                "mmap",
-                libc::SYS_mmap,
-                args(flags | libc::MAP_ANONYMOUS, u64::MAX, 0),
-            )?;
+            let args = args(flags | libc::MAP_ANONYMOUS, u64::MAX, 0);
+            call("mmap", libc::SYS_mmap, args)?;
+            return Ok(());
         }
-    }
+    };
+    // The deputy's own descriptor names the very file, also when it was deleted.
+    let path = format!("/proc/{}/fd/{}\0", std::process::id(), backing.as_raw_fd());
+    worker.write(0, path.as_bytes());
+    let open = (access | libc::O_CLOEXEC) as u64;
+    let fd = call(
+        "open of a mapped file",
+        libc::SYS_open,
+        [worker.data_address(), open, 0, 0, 0, 0],
+    )?;
+    let offset = offset + (range.start - area.start);
+    let mapped = call("mmap", libc::SYS_mmap, args(flags, fd, offset));
+    call("close", libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
+    mapped?;
     Ok(())
 }
 

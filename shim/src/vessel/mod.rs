@@ -9,6 +9,7 @@ use std::ops::Range;
 use linklayer::image::{PAGE, Regs, SigAction};
 
 pub use arena::{ARENA_ADDRESS, ARENA_LEN, Arena, Slot};
+pub use home::Homebound;
 
 use crate::capture::{self, CaptureError, map_lines, reserved, vdso_site};
 use crate::memory::ProcessMemory;
@@ -53,13 +54,27 @@ pub enum VesselError {
     },
 }
 
+impl VesselError {
+    /// Whether the process is dead.
+    pub fn is_gone(&self) -> bool {
+        match self {
+            VesselError::Capture(e) => e.is_gone(),
+            VesselError::Call(e) => e.is_gone(),
+            VesselError::Ptrace(e) => e.is_gone(),
+            VesselError::Restore(e) => e.is_gone(),
+            VesselError::Slot { errno, .. } => *errno == nix::errno::Errno::ESRCH,
+            _ => false,
+        }
+    }
+}
+
 /// An emptied process.
 #[derive(Debug)]
 pub struct Vessel {
     pid: i32,
     catcher: i32,
-    /// Its process was forked with CLONE_VM: its memory is its parent's until it executes something.
-    pub shares_memory: bool,
+    /// The process whose memory it has: itself, or who made it with CLONE_VM.
+    pub memory: i32,
 }
 
 /// What conversion made.
@@ -136,7 +151,7 @@ impl Vessel {
                 let vessel = Vessel {
                     pid,
                     catcher: catcher_tid,
-                    shares_memory: false,
+                    memory: pid,
                 };
                 let parts = Parts {
                     workers: workers.into_iter().zip(slots).collect(),
@@ -163,7 +178,7 @@ impl Vessel {
             Vessel {
                 pid,
                 catcher,
-                shares_memory: false,
+                memory: pid,
             },
             calls.end()?,
             catcher,

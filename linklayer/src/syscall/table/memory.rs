@@ -13,7 +13,7 @@ const NUMA_NOTE: &str = "Concerns the node where the guest is; not carried along
 define_rows! {
     9 mmap(addr: ADDR, length: SIZE, prot: FLAGS, flags: FLAGS, fd: FD, offset: LONG) Split(SplitKind::Mmap),
         rules: &[Rule { when: &[ANON_PRIVATE], then: Local }],
-        note: "Private anonymous memory: local. Files: private and read-only mappings are filled from home; writable shared mappings that others can see: goes home.";
+        note: "Private anonymous memory: local. Files: private and read-only mappings are filled from home; writable shared mappings that others can see, and huge pages: goes home.";
     10 mprotect(addr: ADDR, length: SIZE, prot: FLAGS) Local;
     11 munmap(addr: ADDR, length: SIZE) Local;
     12 brk(addr: ADDR) Local;
@@ -37,8 +37,8 @@ define_rows! {
     311 process_vm_writev(pid: PID, local_iov: ADDR, liovcnt: SIZE, remote_iov: ADDR, riovcnt: SIZE, flags: SIZE) GoHome(HomeReason::OtherProcess);
     323 userfaultfd(flags: INT) GoHome(HomeReason::UserFault);
     325 mlock2(addr: ADDR, length: SIZE, flags: INT) Local, note: LOCK_NOTE;
-    329 pkey_mprotect(addr: ADDR, length: SIZE, prot: FLAGS, pkey: INT) Local;
-    330 pkey_alloc(flags: UINT, access_rights: UINT) Local, note: "A process that has protection keys stays where the CPU has them.";
+    329 pkey_mprotect(addr: ADDR, length: SIZE, prot: FLAGS, pkey: INT) Local, note: "Away there is no key but that of everybody.";
+    330 pkey_alloc(flags: UINT, access_rights: UINT) GoHome(HomeReason::Hardware), note: "A process that has protection keys stays at home.";
     331 pkey_free(pkey: INT) Local;
     440 process_madvise(pidfd: FD, vec: ADDR, vlen: SIZE, advice: INT, flags: UINT) GoHome(HomeReason::OtherProcess);
     447 memfd_secret(flags: UINT) GoHome(HomeReason::LockedMemory);
