@@ -133,6 +133,33 @@ fn unknown_and_dead_nodes_are_told_apart() {
     assert!(failure.text.contains("node 2 (n2) does not answer"), "{failure}");
 }
 
+/// Names of the threads of a process that have no filter of system calls.
+fn unconfined(pid: u32) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let mut names: Vec<String> = tasks
+        .map(|t| t.unwrap().path())
+        .filter(|t| {
+            let status = std::fs::read_to_string(t.join("status")).unwrap();
+            !status.lines().any(|l| l == "Seccomp:\t2")
+        })
+        .map(|t| std::fs::read_to_string(t.join("comm")).unwrap().trim().to_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn daemons_and_supervisors_are_confined() {
+    let cluster = TestCluster::of(2);
+    let placement = cluster.nodes[0].request_supervisor(2).unwrap();
+    assert_eq!(unconfined(cluster.nodes[1].pid()), ["spawner"]);
+    // A thread gives itself its name, some time after its start.
+    eventually("only the tracer is free", || {
+        unconfined(placement.pid) == ["tracer"]
+    });
+    common::kill_pid(placement.pid);
+}
+
 #[test]
 fn a_supervisor_listens_where_its_home_came_and_outlives_the_daemon() {
     let mut cluster = TestCluster::of(2);

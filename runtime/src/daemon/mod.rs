@@ -14,6 +14,7 @@ pub mod membership;
 pub mod node;
 pub mod peers;
 pub mod serve;
+pub mod spawner;
 pub mod start;
 pub mod supervise;
 pub mod upkeep;

@@ -12,6 +12,7 @@ use super::config::{Accept, Config};
 use super::hosted::Hosted;
 use super::membership::Event;
 use super::peers::Peers;
+use super::spawner::Spawner;
 use crate::cluster::gossip::GossipId;
 use crate::cluster::members::MemberTable;
 use crate::cluster::names;
@@ -66,6 +67,8 @@ pub struct Node {
     pub hosted: Hosted,
     /// The program that is run as `mosd supervise`.
     pub program: PathBuf,
+    /// Starts it.
+    pub spawner: Spawner,
 }
 
 impl Node {
@@ -77,6 +80,7 @@ impl Node {
         config: Config,
         credentials: Credentials,
         gossip: mpsc::Sender<Event>,
+        spawner: Spawner,
     ) -> Result<Arc<Self>, StartError> {
         let listen = config.node.listen;
         let server = tls::server_config(&credentials)?;
@@ -123,6 +127,7 @@ impl Node {
             gossip,
             hosted,
             program: "/proc/self/exe".into(),
+            spawner,
         }))
     }
 

@@ -8,12 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use shim::confine::{self, Role};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::config::Config;
 use super::control::ControlSocket;
 use super::node::Node;
+use super::spawner::Spawner;
 use super::{logging, membership, serve, upkeep};
 
 /// Set for the process that [`background`] starts.
@@ -37,6 +39,11 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         nix::unistd::setsid().context("setsid")?;
         nix::unistd::chdir("/").context("chdir to /")?;
     }
+    let spawner = Spawner::start().context("no thread to start supervisors")?;
+    // All threads that are made from here on inherit it.
+    if let Err(e) = confine::this_thread(Role::Daemon) {
+        tracing::warn!("mosd is not confined: {e}");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -47,7 +54,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         let socket = ControlSocket::bind(&rundir)
             .with_context(|| format!("control socket in {}", rundir.display()))?;
         let (gossip, events) = mpsc::channel(membership::QUEUE);
-        let node = Node::new(config, credentials, gossip)?;
+        let node = Node::new(config, credentials, gossip, spawner)?;
         tracing::info!(
             "node {} ({}) of cluster {} listens on {}, is dialled at {}, and serves {}",
             node.id.number,

@@ -4,12 +4,12 @@
 //! independent of the daemon, becomes the job's user for good, and only then looks at anything that the job's user has a
 //! say in.
 
-use std::process::{ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::unistd::{Gid, Uid};
-use tokio::process::{ChildStdin, ChildStdout, Command};
+use tokio::process::{ChildStdin, ChildStdout};
 
 use super::frames::{self, within};
 use super::logging;
@@ -58,13 +58,14 @@ pub async fn start(node: &Arc<Node>, config: SupervisorConfig) -> Result<Placeme
             node.id.number, node.id.name
         ))
     };
-    let mut child = command
-        .spawn()
-        .map_err(|e| failed("cannot start a supervisor", &e))?;
-    let pid = child.id().unwrap_or(0);
+    let cannot = |e: std::io::Error| failed("cannot start a supervisor", &e);
+    let mut child = node.spawner.spawn(command).await.map_err(cannot)?;
+    let pid = child.id();
     let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
         return Err(failed("cannot start a supervisor", &"no pipes"));
     };
+    let stdin = ChildStdin::from_std(stdin).map_err(cannot)?;
+    let stdout = ChildStdout::from_std(stdout).map_err(cannot)?;
     let answer = within(LIMIT, handshake(&config, stdin, stdout)).await;
     let result = match answer {
         Some(Ok(SupervisorAnswer::Ready(ready))) => {
@@ -97,15 +98,20 @@ pub async fn start(node: &Arc<Node>, config: SupervisorConfig) -> Result<Placeme
         )),
     };
     if result.is_err() {
-        let _ = child.start_kill();
+        let _ = child.kill();
     }
     let node = node.clone();
-    tokio::spawn(async move {
-        if let Ok(status) = child.wait().await {
-            tracing::debug!("supervisor {pid}: {status}");
+    // A thread of its own: it lives as long as the job, and the runtime must not wait for it.
+    let waiter = std::thread::Builder::new().name("waiter".into()).spawn(move || {
+        match child.wait() {
+            Ok(status) => tracing::debug!("supervisor {pid}: {status}"),
+            Err(e) => tracing::warn!("supervisor {pid}: {e}"),
         }
         node.hosted.sweep();
     });
+    if let Err(e) = waiter {
+        tracing::warn!("supervisor {pid} will not be waited for: {e}");
+    }
     result
 }
 

@@ -102,21 +102,18 @@ impl Tracer {
                 });
                 let shared = self.shared.clone();
                 let tid = thread.tid;
-                std::thread::Builder::new()
-                    .name("clone".into())
-                    .stack_size(128 << 10)
-                    .spawn(move || {
-                        let failed = wire::CloneReply {
-                            tid: -i64::from(libc::EAGAIN),
-                            pidfd: -1,
-                        };
-                        let reply = shared
-                            .ask(tid, tid, Kind::Clone, &wire::encode(&body))
-                            .ok()
-                            .and_then(|b| wire::decode(&b).ok())
-                            .unwrap_or(failed);
-                        shared.post(Command::Cloned { outer, reply });
-                    })?;
+                self.shared.starter.start("clone", move || {
+                    let failed = wire::CloneReply {
+                        tid: -i64::from(libc::EAGAIN),
+                        pidfd: -1,
+                    };
+                    let reply = shared
+                        .ask(tid, tid, Kind::Clone, &wire::encode(&body))
+                        .ok()
+                        .and_then(|b| wire::decode(&b).ok())
+                        .unwrap_or(failed);
+                    shared.post(Command::Cloned { outer, reply });
+                });
             }
         }
         Ok(())

@@ -64,7 +64,8 @@ impl Tracer {
         match self.capture_group(&members) {
             Ok(captured) => {
                 self.homing.insert(first, pids);
-                transfer::start(&self.shared, first, captured)
+                transfer::start(&self.shared, first, captured);
+                Ok(())
             }
             Err(e) => {
                 self.homing.insert(first, pids);
@@ -265,23 +266,14 @@ fn shared_objects(guest: &Guest) -> Vec<u64> {
 }
 
 /// Asks the tracer after a pause to send a guest home.
-pub(super) fn go_home_after(
-    shared: &Arc<Shared>,
-    pid: i32,
-    reason: StayReason,
-    pause: Duration,
-) -> anyhow::Result<()> {
+pub(super) fn go_home_after(shared: &Arc<Shared>, pid: i32, reason: StayReason, pause: Duration) {
     if pause.is_zero() {
-        shared.post(Command::GoHome(pid, reason));
-        return Ok(());
+        return shared.post(Command::GoHome(pid, reason));
     }
+    let starter = shared.starter.clone();
     let shared = shared.clone();
-    std::thread::Builder::new()
-        .name("again".into())
-        .stack_size(64 << 10)
-        .spawn(move || {
-            std::thread::sleep(pause);
-            shared.post(Command::GoHome(pid, reason));
-        })?;
-    Ok(())
+    starter.start("again", move || {
+        std::thread::sleep(pause);
+        shared.post(Command::GoHome(pid, reason));
+    });
 }

@@ -19,6 +19,7 @@ mod proc_files;
 mod shared;
 mod signals;
 mod split;
+mod starter;
 mod tracer;
 mod transfer;
 mod usage;
@@ -33,7 +34,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use linklayer::frame::Header;
-use linklayer::quic::{Fingerprint, LinkListener, OneTimeKey, Options};
+use linklayer::quic::{Fingerprint, Link, LinkListener, OneTimeKey, Options};
 use linklayer::wire::{self, Kind};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, Signal};
@@ -56,6 +57,20 @@ pub fn run(config: SupervisorConfig) -> anyhow::Result<()> {
     set.add(Signal::SIGCHLD);
     set.thread_block()?;
     shim::process::raise_nofile();
+    starter::run(|starter| contact(config, starter), trace)
+}
+
+/// What the tracer needs.
+struct Ready {
+    config: SupervisorConfig,
+    shared: Arc<shared::Shared>,
+    commands: crossbeam_channel::Receiver<shared::Command>,
+    wake: Arc<EventFd>,
+    link: Link,
+}
+
+/// Listens, tells `mosd`, and waits for home.
+fn contact(config: SupervisorConfig, starter: starter::Starter) -> anyhow::Result<Ready> {
     let listening = (|| {
         let key = OneTimeKey::generate()?;
         let fingerprint = key.fingerprint();
@@ -76,7 +91,7 @@ pub fn run(config: SupervisorConfig) -> anyhow::Result<()> {
     };
     answer_and_detach(&SupervisorAnswer::Ready(ready))?;
 
-    let (send, receive) = crossbeam_channel::unbounded();
+    let (send, commands) = crossbeam_channel::unbounded();
     let wake = Arc::new(EventFd::from_flags(
         EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
     )?);
@@ -84,7 +99,13 @@ pub fn run(config: SupervisorConfig) -> anyhow::Result<()> {
         .limits
         .max_memory_bytes
         .map_or(FILES_LIMIT_BYTES, |m| m / 2);
-    let shared = Arc::new(shared::Shared::new(send, wake.clone(), config.uid, files_limit));
+    let shared = Arc::new(shared::Shared::new(
+        send,
+        wake.clone(),
+        starter,
+        config.uid,
+        files_limit,
+    ));
     let contact = Arc::new(contact::Contact::new(shared.clone()));
     let peer = Fingerprint(config.peer_fingerprint);
     let link = listener
@@ -98,12 +119,22 @@ pub fn run(config: SupervisorConfig) -> anyhow::Result<()> {
         topology_of_home: false,
     });
     link.send(0, Header::new(Kind::Hello as u16, 0, link.next_seq()), &[&hello])?;
-
     usage::start(shared.clone())?;
-    let mut tracer = tracer::Tracer::new(shared, receive, wake, config)?;
+    Ok(Ready {
+        config,
+        shared,
+        commands,
+        wake,
+        link,
+    })
+}
+
+/// The tracer's life.
+fn trace(ready: Ready) -> anyhow::Result<()> {
+    let mut tracer = tracer::Tracer::new(ready.shared, ready.commands, ready.wake, ready.config)?;
     let why = tracer.run()?;
     tracing::info!(why, "ends");
     tracer.tear_down();
-    link.close();
+    ready.link.close();
     Ok(())
 }

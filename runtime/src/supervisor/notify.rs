@@ -119,7 +119,8 @@ impl Pool {
             turn,
             idle: AtomicI32::new(1),
         });
-        pool.add();
+        let starter = pool.shared.starter.clone();
+        starter.start("notify", move || pool.serve());
     }
 
     fn add(self: &Arc<Self>) {

@@ -15,6 +15,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::files::FileStore;
 use super::guest::{Guest, Thread};
+use super::starter::Starter;
 
 /// What is asked of the supervisor's tracer thread.
 pub enum Command {
@@ -70,6 +71,8 @@ pub struct Answer {
 pub struct Shared {
     commands: Sender<Command>,
     wake: Arc<EventFd>,
+    /// Starts threads for the tracer.
+    pub starter: Starter,
     link: OnceLock<Link>,
     /// Guests by home pid.
     pub guests: RwLock<HashMap<i32, Arc<Guest>>>,
@@ -97,11 +100,18 @@ const CLOCK_SAMPLES: u32 = 8;
 
 impl Shared {
     /// Shared state without a contact yet.
-    pub fn new(commands: Sender<Command>, wake: Arc<EventFd>, uid: u32, file_limit_bytes: u64) -> Shared {
+    pub fn new(
+        commands: Sender<Command>,
+        wake: Arc<EventFd>,
+        starter: Starter,
+        uid: u32,
+        file_limit_bytes: u64,
+    ) -> Shared {
         Shared {
             uid,
             commands,
             wake,
+            starter,
             link: OnceLock::new(),
             guests: RwLock::default(),
             threads: RwLock::default(),

@@ -312,7 +312,8 @@ impl Tracer {
                 if self.holds.contains_key(&guest.pid) {
                     return self.all_held(guest.pid);
                 }
-                return super::homeward::go_home_after(&self.shared, guest.pid, reason, guest.pause());
+                super::homeward::go_home_after(&self.shared, guest.pid, reason, guest.pause());
+                return Ok(());
             }
             Some(After::Go) | None => {}
         }

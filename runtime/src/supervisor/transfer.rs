@@ -27,15 +27,13 @@ pub(super) struct Member {
 }
 
 /// Sends a group home on a thread of its own, and says so to the tracer.
-pub(super) fn start(shared: &Arc<Shared>, first: i32, members: Vec<Member>) -> anyhow::Result<()> {
+pub(super) fn start(shared: &Arc<Shared>, first: i32, members: Vec<Member>) {
+    let starter = shared.starter.clone();
     let shared = shared.clone();
-    std::thread::Builder::new()
-        .name("homeward".into())
-        .spawn(move || {
-            let result = send(&shared, members).map_err(|e| format!("{e:#}"));
-            shared.post(Command::WentHome(first, result));
-        })?;
-    Ok(())
+    starter.start("homeward", move || {
+        let result = send(&shared, members).map_err(|e| format!("{e:#}"));
+        shared.post(Command::WentHome(first, result));
+    });
 }
 
 fn errno(answer: &[u8], what: &str) -> anyhow::Result<()> {
