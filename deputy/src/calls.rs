@@ -10,12 +10,13 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 use linklayer::image::SigInfo;
-use linklayer::syscall::{self, Blocking, CallView, Malformed};
+use linklayer::syscall::{self, Blocking, CallView, Malformed, TerminalUse};
 use linklayer::wire;
 use parking_lot::Mutex;
 use shim::vessel::Slot;
 
 use crate::shared::{Command, ReplyTo, Shared};
+use crate::terminal;
 
 /// A vessel thread, as the threads that feed it calls see it.
 pub struct Worker {
@@ -53,7 +54,7 @@ pub fn begin(shared: &Arc<Shared>, reply: ReplyTo, payload: Vec<u8>) {
     shared.count(worker.pid);
     let after = After::of(shared, &worker, nr, &args);
     *worker.current.lock() = Some(reply.header.seq);
-    worker.slot.post(u64::from(nr), args);
+    let terminal = syscall::terminal_use(nr, &args);
     let interrupt = reply.header.flags & wire::INTERRUPT_AT_ONCE != 0;
     let seq = reply.header.seq;
     let patience = match blocking {
@@ -68,7 +69,21 @@ pub fn begin(shared: &Arc<Shared>, reply: ReplyTo, payload: Vec<u8>) {
         worker,
         request: payload,
         reply,
+        nr,
+        args,
+        terminal,
+        exposed: false,
     };
+    if terminal.is_some() && pending.mask_known() {
+        if pending.guest_mask() != terminal::SIGNALS && terminal::in_background(pending.worker.pid) {
+            return shared.post(Command::Expose(Box::new(pending)));
+        }
+        pending.post();
+    } else if let Some(fd) = terminal.and_then(TerminalUse::written) {
+        pending.worker.slot.post_guarded(u64::from(nr), args, fd);
+    } else {
+        pending.post();
+    }
     match pending.worker.slot.wait(Some(patience)) {
         Some(ret) if !signals_by_itself(ret) => pending.ended(ret),
         _ => {
@@ -151,14 +166,50 @@ pub struct Pending {
     /// The encoded request, which says what to send back.
     request: Vec<u8>,
     reply: ReplyTo,
+    nr: u32,
+    args: [u64; 6],
+    terminal: Option<TerminalUse>,
+    /// Its worker blocks of the terminal's signals only what the guest thread does.
+    exposed: bool,
 }
 
 impl Pending {
+    fn post(&self) {
+        self.worker.slot.post(u64::from(self.nr), self.args);
+    }
+
+    fn mask_known(&self) -> bool {
+        self.reply.header.flags & wire::MASK_KNOWN != 0
+    }
+
+    /// What the guest thread blocks of the signals of terminals.
+    pub fn guest_mask(&self) -> u64 {
+        let bit = |flag: u16, signal: i32| {
+            if self.reply.header.flags & flag != 0 {
+                1u64 << (signal - 1)
+            } else {
+                0
+            }
+        };
+        bit(wire::BLOCKS_TTIN, libc::SIGTTIN) | bit(wire::BLOCKS_TTOU, libc::SIGTTOU)
+    }
+
+    /// Makes the call now that its worker is exposed to the terminal's signals.
+    pub fn begin_exposed(mut self) {
+        self.exposed = true;
+        self.post();
+        WAITERS.with_pool(|p| p.hand(self));
+    }
+
+    /// Its thread is gone. The guest goes too; whoever waits there must not wait on.
+    pub fn give_up(&self) {
+        self.reply.send(&[&(-i64::from(libc::ESRCH)).to_le_bytes()]);
+    }
+
     /// Waits for the end, on a waiter's thread.
     fn complete(self) {
         let Some(ret) = self.worker.slot.wait(None) else {
-            // The slot was given up because its thread is gone. The guest goes too; whoever waits there must not wait on.
-            return self.reply.send(&[&(-i64::from(libc::ESRCH)).to_le_bytes()]);
+            return self.give_up();
         };
         if signals_by_itself(ret) {
             let outs = self.collect(ret);
@@ -168,13 +219,26 @@ impl Pending {
                 libc::SIGXFSZ
             };
             self.relay_own(signal);
-            return self.answer(&outs);
+            return self.conclude(outs);
         }
         self.ended(ret);
     }
 
+    /// Whether the call was not made, or failed, for want of the guest thread's mask.
+    fn wants_mask(&self, ret: i64) -> bool {
+        if self.mask_known() {
+            return false;
+        }
+        let reads = self.terminal.is_some_and(TerminalUse::reads);
+        ret == wire::MASK_WANTED
+            || (reads && ret == -i64::from(libc::EIO) && terminal::in_background(self.worker.pid))
+    }
+
     /// The vessel has made it.
     fn ended(self, ret: i64) {
+        if self.wants_mask(ret) {
+            return self.answer(&wire::MASK_WANTED.to_le_bytes());
+        }
         let shared = self.shared.clone();
         match self.after {
             After::Signals if ret >= 0 => shared.post(Command::Settle(Box::new(self), ret)),
@@ -199,7 +263,16 @@ impl Pending {
     /// Answers.
     pub fn finish(self, ret: i64) {
         let outs = self.collect(ret);
-        self.answer(&outs);
+        self.conclude(outs);
+    }
+
+    /// Answers, after the worker has been covered again.
+    fn conclude(mut self, reply: Vec<u8>) {
+        if std::mem::take(&mut self.exposed) {
+            let shared = self.shared.clone();
+            return shared.post(Command::Exposed(Box::new(self), reply));
+        }
+        self.answer(&reply);
     }
 
     /// The reply: the result and what the call wrote.
@@ -257,7 +330,8 @@ impl Pending {
         end as i64
     }
 
-    fn answer(&self, reply: &[u8]) {
+    /// Answers at once.
+    pub fn answer(&self, reply: &[u8]) {
         *self.worker.current.lock() = None;
         self.reply.send(&[reply]);
     }

@@ -224,15 +224,14 @@ impl Home {
     /// A thread or process has ended and was reaped by this tracer; its real parent can wait for it now.
     fn gone(&mut self, tid: i32) {
         self.strays.remove(&tid);
-        let Some(task) = self.tasks.remove(&tid) else {
+        let Some(mut task) = self.tasks.remove(&tid) else {
             return;
         };
         if let Some(worker) = self.shared.workers.write().remove(&tid) {
             worker.slot.abandon();
         }
-        for (pending, ret) in task.unblocking {
-            pending.finish(ret);
-        }
+        task.end_calls();
+        self.exposed_gone(task.pid, tid);
         if let Some((reply, last)) = task.ending {
             reply.errno(i32::from(last));
         }
@@ -287,6 +286,8 @@ impl Home {
             Command::Release(done) => self.release_job(done),
             Command::Settle(pending, ret) => self.settle(*pending, ret),
             Command::Unblock(pending, ret) => self.unblock(*pending, ret),
+            Command::Expose(pending) => self.expose(*pending),
+            Command::Exposed(pending, reply) => self.cover(*pending, reply),
             Command::Lost(node, why) => self.lost(node, &why),
         };
         if let Err(e) = result {

@@ -31,7 +31,9 @@ impl Home {
             .map(|t| t.tid)
             .collect();
         for tid in threads {
-            self.tasks.remove(&tid);
+            if let Some(mut task) = self.tasks.remove(&tid) {
+                task.end_calls();
+            }
             if let Some(worker) = self.shared.workers.write().remove(&tid) {
                 worker.slot.abandon();
             }

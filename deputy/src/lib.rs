@@ -14,6 +14,7 @@ mod outward;
 mod process;
 pub mod shared;
 mod signals;
+mod terminal;
 mod vessel;
 
 use std::sync::Arc;

@@ -45,6 +45,8 @@ pub struct Task {
     pub unblocked: u64,
     /// Calls that make such signals come, with their results; they end when the signal is unblocked.
     pub unblocking: Vec<(crate::calls::Pending, i64)>,
+    /// What is to be done at its next stop for a call that a terminal may stop.
+    pub exposure: Option<crate::terminal::Step>,
 }
 
 /// A clone that a vessel thread executes.
@@ -77,6 +79,17 @@ impl Task {
             group_stopped: false,
             unblocked: 0,
             unblocking: Vec::new(),
+            exposure: None,
+        }
+    }
+
+    /// It is gone: nobody must wait for its calls any longer.
+    pub fn end_calls(&mut self) {
+        for (pending, ret) in self.unblocking.drain(..) {
+            pending.finish(ret);
+        }
+        if let Some(step) = self.exposure.take() {
+            step.give_up();
         }
     }
 }
@@ -107,6 +120,8 @@ pub struct Away {
     pub parked: Vec<Stopped>,
     /// The image of a guest on its way home.
     pub coming: Option<Box<wire::Homecoming>>,
+    /// Calls that a terminal may stop.
+    pub exposed: crate::terminal::Exposed,
 }
 
 impl Away {
@@ -120,6 +135,7 @@ impl Away {
             continued: false,
             parked: Vec::new(),
             coming: None,
+            exposed: crate::terminal::Exposed::default(),
         }
     }
 }

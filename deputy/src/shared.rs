@@ -99,6 +99,10 @@ pub enum Command {
     Settle(Box<crate::calls::Pending>, i64),
     /// Signals for one thread alone come from now on.
     Unblock(Box<crate::calls::Pending>, i64),
+    /// Make a call that a terminal may stop.
+    Expose(Box<crate::calls::Pending>),
+    /// It has ended with this reply.
+    Exposed(Box<crate::calls::Pending>, Vec<u8>),
     /// Bring a process home; the answer tells when it is there, or why it is not.
     Bring(i32, StayReason, Sender<Result<(), String>>),
     /// Move a process to a node; the answer tells when it runs there, or why it does not. The last is for the tracer

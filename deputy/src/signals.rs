@@ -69,7 +69,12 @@ impl Home {
             return Ok(stopped.cont(sig)?);
         }
         let info = stopped.siginfo()?;
-        let lane = self.lane_of_signals(pid);
+        let calls = |w: &std::sync::Arc<calls::Worker>| w.current.lock().is_some();
+        // In front of the answer to the call that the signal interrupts.
+        let lane = match self.shared.worker(tid).filter(calls) {
+            Some(_) => tid,
+            None => self.lane_of_signals(pid),
+        };
         // From a timer for this thread alone, or from another process to this thread.
         let for_thread = [libc::SI_TIMER, libc::SI_TKILL].contains(&info.code())
             && self
@@ -187,9 +192,7 @@ impl Home {
         };
         // In a group-stop nothing more comes.
         let waits = value("State:").starts_with('S') || away.frozen;
-        !waits
-            || (!away.frozen
-                && u64::from_str_radix(value("ShdPnd:"), 16).unwrap_or(0) & shim::vessel::WORKER_MASK != 0)
+        !waits || (!away.frozen && u64::from_str_radix(value("ShdPnd:"), 16).unwrap_or(0) != 0)
     }
 
     /// A call has made a timer whose signals are for one thread only, or has sent one a signal. They would stay pending in

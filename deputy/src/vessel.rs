@@ -19,6 +19,9 @@ use crate::process::{Away, Cloning, Mode, Process, Role, Task, send};
 use crate::shared::ReplyTo;
 use crate::signals;
 
+/// ERESTARTNOINTR: a call that was not begun is made again, unseen (include/linux/errno.h).
+const NOT_BEGUN: i64 = -513;
+
 impl Home {
     /// Describes a process, all of whose threads are stopped (the leader first), for another node.
     pub(crate) fn describe(
@@ -81,12 +84,14 @@ impl Home {
     pub(crate) fn vessel_stop(&mut self, pid: i32, tid: i32, mut stopped: Stopped) -> anyhow::Result<()> {
         if matches!(stopped.stop(), Stop::Interrupt | Stop::Group(_))
             && let Some(task) = self.tasks.get_mut(&tid)
-            && !task.unblocking.is_empty()
         {
-            stopped.set_sigmask(shim::vessel::WORKER_MASK & !task.unblocked)?;
-            for (pending, ret) in task.unblocking.drain(..) {
-                pending.finish(ret);
+            if !task.unblocking.is_empty() {
+                stopped.set_sigmask(shim::vessel::WORKER_MASK & !task.unblocked)?;
+                for (pending, ret) in task.unblocking.drain(..) {
+                    pending.finish(ret);
+                }
             }
+            self.expose_further(pid, tid, &mut stopped)?;
         }
         match stopped.stop() {
             Stop::Signal(sig) => self.vessel_signal(pid, tid, sig, stopped),
@@ -163,6 +168,10 @@ impl Home {
             return Ok(());
         };
         if *worker.current.lock() != Some(request.seq) {
+            return Ok(());
+        }
+        if let Some(pending) = self.not_exposed_yet(worker.pid, request.tid) {
+            pending.finish(NOT_BEGUN);
             return Ok(());
         }
         if let Some(task) = self.tasks.get_mut(&request.tid) {

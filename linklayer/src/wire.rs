@@ -19,6 +19,17 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// is interrupted as soon as it would wait.
 pub const INTERRUPT_AT_ONCE: u16 = 2;
 
+/// Flag of a [`Kind::Call`] frame: [`BLOCKS_TTIN`] and [`BLOCKS_TTOU`] say what the guest thread blocks. Sent with calls
+/// that change a terminal, and when home asked for it ([`MASK_WANTED`]).
+pub const MASK_KNOWN: u16 = 4;
+/// Flag of a [`Kind::Call`] frame: the guest thread blocks SIGTTIN.
+pub const BLOCKS_TTIN: u16 = 8;
+/// Flag of a [`Kind::Call`] frame: the guest thread blocks SIGTTOU.
+pub const BLOCKS_TTOU: u16 = 16;
+/// Result of a [`Kind::Call`] that has not been made because what the thread blocks decides on it: to be sent again
+/// with [`MASK_KNOWN`]. No call of the kernel's has this result.
+pub const MASK_WANTED: i64 = i64::MIN + 0x7474;
+
 /// Largest bincode body that is decoded, in bytes.
 pub const MAX_BODY_BYTES: usize = 4 << 20;
 

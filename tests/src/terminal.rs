@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{Winsize, openpty};
 
@@ -43,6 +44,10 @@ impl Terminal {
             ws_ypixel: 0,
         };
         let pty = openpty(Some(&size), None).expect("a terminal");
+        for end in [&pty.master, &pty.slave] {
+            // In the session, the other end would keep the terminal from being hung up.
+            fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("a flag");
+        }
         let path = nix::unistd::ttyname(&pty.slave).expect("the terminal's name");
         let slave = || Stdio::from(pty.slave.as_fd().try_clone_to_owned().expect("a duplicate"));
         let mut session = Command::new("setsid");
@@ -136,6 +141,23 @@ impl Terminal {
                 ),
             }
         }
+    }
+
+    /// Types the text again and again until the terminal shows the other, as somebody does who waits for it.
+    ///
+    /// # Panics
+    /// When it does not within 20 seconds.
+    pub fn send_until(&mut self, keys: &str, text: &str) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !self.shown.contains(text) && Instant::now() < deadline {
+            self.send(keys);
+            if let Ok(bytes) = self.output.recv_timeout(Duration::from_millis(200)) {
+                let text = String::from_utf8_lossy(&bytes).into_owned();
+                self.shown += &text;
+                self.log += &text;
+            }
+        }
+        self.expect(text);
     }
 
     /// Changes the size of the terminal.

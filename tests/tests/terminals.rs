@@ -64,10 +64,8 @@ fn a_shell_with_jobs(lab: &Lab, how: How) {
     t.expect("[1]+");
     t.send("bg\n");
     t.expect("[1]+ cat &");
-    // In the background it may not read from the terminal.
-    t.expect("$ ");
-    t.send("\n");
-    t.expect("Stopped");
+    // In the background it may not read from the terminal. The shell tells before a prompt.
+    t.send_until("\n", "Stopped");
     t.send("fg\n");
     until_foreground(lab, "cat");
     t.send("again\n");
@@ -107,6 +105,7 @@ fn as_a_job() {
     t.expect("$ ");
     t.send("mosrun -r 2 cat\n");
     t.expect("cat\r\n");
+    until_foreground(&lab, "cat");
     t.send("one\n");
     t.expect("one\r\none\r\n");
     t.send("\x1a");
@@ -114,6 +113,7 @@ fn as_a_job() {
     t.expect("$ ");
     t.send("fg\n");
     t.expect("mosrun -r 2 cat\r\n");
+    until_foreground(&lab, "cat");
     t.send("two\n");
     t.expect("two\r\ntwo\r\n");
     t.send("\x03");
@@ -142,8 +142,7 @@ fn an_editor(lab: &Lab, how: How) {
     t.expect("from 42");
     t.send("\r");
     t.resize(30, 90);
-    t.send(":set lines? columns?\r");
-    t.expect("lines=30");
+    t.send_until(":set lines? columns?\r", "lines=30");
     t.send("\r:wq\r");
     assert_eq!(t.wait(), End::Code(0), "{how:?}");
     assert_eq!(

@@ -18,6 +18,7 @@ mod print;
 mod request;
 pub mod sub;
 mod table;
+mod terminal;
 mod transfer;
 mod vector;
 
@@ -32,6 +33,7 @@ pub use request::{
     collect, place,
 };
 pub use table::{LATEST, groups, row, rows};
+pub use terminal::{TerminalUse, terminal_use};
 pub use transfer::{Step, Transfer};
 
 /// What the table says about one particular call.

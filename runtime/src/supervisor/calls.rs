@@ -8,12 +8,13 @@ use std::time::Instant;
 use linklayer::frame::Header;
 use linklayer::stay::StayReason;
 use linklayer::syscall::{
-    self, CacheClass, CallRequest, Disposition, GatherError, Gathered, Reply, Row, SplitKind, Step, Transfer,
+    self, CacheClass, CallRequest, Disposition, GatherError, Gathered, Reply, Row, SplitKind, Step,
+    TerminalUse, Transfer,
 };
 use linklayer::wire::{self, Kind};
 use shim::notify::{Notification, NotifyError};
 
-use super::guest::{Forwarded, InCall, Thread};
+use super::guest::{Forwarded, InCall, SignalStatus, Thread};
 use super::shared::{Command, Shared};
 use super::tracer::{RESTART_BLOCK, RESTARTNOHAND, RESTARTNOINTR, is_restart};
 
@@ -159,7 +160,9 @@ impl Call<'_> {
             }
             self.shared.cache_misses.fetch_add(1, Ordering::Relaxed);
         }
-        let outcome = self.timers(self.forward(row));
+        // A signal that is taken while home is asked comes after this call.
+        let overrun = self.overrun();
+        let outcome = self.timers(self.forward(row), overrun);
         if let (Outcome::Value(ret), Some(key)) = (&outcome, key)
             && *ret >= 0
         {
@@ -175,17 +178,27 @@ impl Call<'_> {
         outcome
     }
 
-    /// Overruns of timers: home hands each signal on at once, and where it waits is here.
-    fn timers(&self, outcome: Outcome) -> Outcome {
-        let id = self.args[0] as i32;
-        let overruns = &self.thread.guest.overruns;
+    /// The overrun count of the timer that the first argument names: home hands each signal on at once, and where it
+    /// waits is here.
+    fn overrun(&self) -> Option<i32> {
+        if i64::from(self.nr) != libc::SYS_timer_getoverrun {
+            return None;
+        }
+        self.thread
+            .guest
+            .overruns
+            .lock()
+            .get(&(self.args[0] as i32))
+            .copied()
+    }
+
+    fn timers(&self, outcome: Outcome, overrun: Option<i32>) -> Outcome {
         match (i64::from(self.nr), &outcome) {
-            (libc::SYS_timer_getoverrun, Outcome::Value(0..)) => overruns
-                .lock()
-                .get(&id)
-                .map_or(outcome, |n| Outcome::Value(i64::from(*n))),
+            (libc::SYS_timer_getoverrun, Outcome::Value(0..)) => {
+                overrun.map_or(outcome, |n| Outcome::Value(i64::from(n)))
+            }
             (libc::SYS_timer_settime | libc::SYS_timer_delete, _) => {
-                overruns.lock().pop(&id);
+                self.thread.guest.overruns.lock().pop(&(self.args[0] as i32));
                 outcome
             }
             _ => outcome,
@@ -237,6 +250,32 @@ impl Call<'_> {
 
     /// Sends a call and waits for its end: its result and the encoded bytes that came with it.
     fn send(&self, request: &CallRequest, mask: Option<u64>) -> Result<(i64, Vec<u8>), Outcome> {
+        let mut flags = match syscall::terminal_use(request.nr, &request.args) {
+            Some(TerminalUse::Changes) => self.terminal_mask(),
+            _ => 0,
+        };
+        loop {
+            let (ret, outs) = self.send_once(request, mask, flags)?;
+            if ret != wire::MASK_WANTED || flags & wire::MASK_KNOWN != 0 {
+                return Ok((ret, outs));
+            }
+            flags = self.terminal_mask();
+        }
+    }
+
+    /// What the calling thread blocks of the signals of terminals, as flags of a frame.
+    fn terminal_mask(&self) -> u16 {
+        let blocked = SignalStatus::read(self.thread.outer).unwrap_or_default().blocked;
+        let flag = |signal: i32, flag: u16| if blocked >> (signal - 1) & 1 == 1 { flag } else { 0 };
+        wire::MASK_KNOWN | flag(libc::SIGTTIN, wire::BLOCKS_TTIN) | flag(libc::SIGTTOU, wire::BLOCKS_TTOU)
+    }
+
+    fn send_once(
+        &self,
+        request: &CallRequest,
+        mask: Option<u64>,
+        flags: u16,
+    ) -> Result<(i64, Vec<u8>), Outcome> {
         let Ok(link) = self.shared.link() else {
             return Err(Outcome::Handled);
         };
@@ -261,6 +300,7 @@ impl Call<'_> {
         self.thread.forwarded.fetch_add(1, Ordering::Relaxed);
         let tid = self.thread.tid;
         let mut header = Header::new(Kind::Call as u16, tid, seq);
+        header.flags |= flags;
         if pending {
             // A signal that only the temporary mask unblocks: natively a call that need not wait ends before it.
             header.flags |= wire::INTERRUPT_AT_ONCE;

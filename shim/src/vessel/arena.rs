@@ -115,6 +115,9 @@ const NR: usize = 8;
 const ARGS: usize = 16;
 const RET: usize = 64;
 const CHILD: usize = 72;
+/// A descriptor with [`GUARDED`], or 0. What the stub learns of it begins at 128; at 120 is an empty path.
+const GUARD: usize = 80;
+const GUARDED: u64 = 1 << 32;
 
 /// One vessel thread's slot. May be used from any thread; one call at a time. Given back when dropped: the vessel
 /// thread must not use it any more then.
@@ -182,10 +185,18 @@ impl Slot {
     /// Has the vessel thread make a call. It must be idle.
     pub fn post(&self, nr: u64, args: [u64; 6]) {
         self.word(CHILD).store(0, Ordering::Relaxed);
-        self.start(nr, args);
+        self.start(nr, args, 0);
     }
 
-    fn start(&self, nr: u64, args: [u64; 6]) {
+    /// As [`Slot::post`]. If the descriptor is a terminal with TOSTOP, the call is not made and its result is
+    /// [`linklayer::wire::MASK_WANTED`].
+    pub fn post_guarded(&self, nr: u64, args: [u64; 6], written: i32) {
+        self.word(CHILD).store(0, Ordering::Relaxed);
+        self.start(nr, args, GUARDED | u64::from(written as u32));
+    }
+
+    fn start(&self, nr: u64, args: [u64; 6], guard: u64) {
+        self.word(GUARD).store(guard, Ordering::Relaxed);
         self.word(NR).store(nr, Ordering::Relaxed);
         for (i, arg) in args.into_iter().enumerate() {
             self.word(ARGS + 8 * i).store(arg, Ordering::Relaxed);
@@ -213,12 +224,16 @@ impl Slot {
                 self.write(STRUCTURE + 8 * i, &word.to_ne_bytes());
             }
             let address = self.data_address() + STRUCTURE as u64;
-            self.start(libc::SYS_clone3 as u64, [address, 64, 0, 0, 0, 0]);
+            self.start(libc::SYS_clone3 as u64, [address, 64, 0, 0, 0, 0], 0);
             return;
         }
         let flags = flags & !GUESTS & 0xffff_ff00 | exit_signal as u64 & 0xff;
         // With CLONE_PIDFD the third argument is where the descriptor is put.
-        self.start(libc::SYS_clone as u64, [flags, 0, self.data_address(), 0, 0, 0]);
+        self.start(
+            libc::SYS_clone as u64,
+            [flags, 0, self.data_address(), 0, 0, 0],
+            0,
+        );
     }
 
     /// The descriptor that a clone with CLONE_PIDFD made.
@@ -230,7 +245,11 @@ impl Slot {
 
     /// The result of the last call, if it has ended.
     pub fn try_result(&self) -> Option<i64> {
-        (self.state().load(Ordering::Acquire) == DONE).then(|| self.word(RET).load(Ordering::Relaxed) as i64)
+        (self.state().load(Ordering::Acquire) == DONE).then(|| self.result())
+    }
+
+    fn result(&self) -> i64 {
+        self.word(RET).load(Ordering::Relaxed) as i64
     }
 
     /// Whether a call is posted that has not ended.
@@ -243,7 +262,7 @@ impl Slot {
         let deadline = patience.map(|p| Instant::now() + p);
         loop {
             match self.state().load(Ordering::Acquire) {
-                DONE => return Some(self.word(RET).load(Ordering::Relaxed) as i64),
+                DONE => return Some(self.result()),
                 ABANDONED => return None,
                 _ => {}
             }

@@ -18,9 +18,8 @@ use crate::ptrace::{self, PtraceError, Stop, Stopped};
 use crate::remote_call::{BatchCall, RemoteCallError, RemoteCalls};
 use crate::restore::{SCRATCH, TRAMPOLINE};
 
-/// Workers block everything but the signals whose blocking changes what the terminal does
-/// (drivers/tty/tty_jobctrl.c asks whether the caller blocks or ignores them).
-pub const WORKER_MASK: u64 = !(1 << (libc::SIGTTIN - 1) | 1 << (libc::SIGTTOU - 1));
+/// Workers block everything: the catcher takes what arrives.
+pub const WORKER_MASK: u64 = u64::MAX;
 const MADV_DONTNEED_LOCKED: u64 = 24;
 
 /// Why a vessel could not be made or changed.
@@ -408,7 +407,6 @@ fn make_catcher(calls: &mut RemoteCalls) -> Result<Stopped, VesselError> {
     regs.rip = stub::catcher_address();
     regs.orig_rax = u64::MAX;
     stopped.set_regs(&regs)?;
-    // Those that workers take: the thread that the terminal stops must be the one that called.
-    stopped.set_sigmask(!WORKER_MASK)?;
+    stopped.set_sigmask(0)?;
     Ok(stopped)
 }
