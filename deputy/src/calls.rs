@@ -4,6 +4,7 @@
 //! its answer is sent once. A call that does not end at once is left to a waiter thread, so that the contact's leader
 //! goes on serving the other threads.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -12,7 +13,7 @@ use crossbeam_channel::{Receiver, Sender};
 use linklayer::image::SigInfo;
 use linklayer::syscall::{self, Blocking, CallView, Malformed, TerminalUse};
 use linklayer::wire;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use shim::vessel::Slot;
 
 use crate::shared::{Command, ReplyTo, Shared};
@@ -28,6 +29,63 @@ pub struct Worker {
     pub slot: Slot,
     /// Sequence number of the call in progress.
     pub current: Mutex<Option<u64>>,
+    /// What is made in the slot without being a call of the guest's.
+    aside: Mutex<AsideState>,
+}
+
+#[derive(Default)]
+struct AsideState {
+    /// Something such is in the slot.
+    busy: bool,
+    /// A thread is carrying out what has waited for it.
+    draining: bool,
+    waiting: VecDeque<Box<dyn FnOnce() + Send>>,
+}
+
+impl Worker {
+    /// One that is idle.
+    pub fn new(tid: i32, pid: i32, slot: Slot) -> Worker {
+        Worker {
+            tid,
+            pid,
+            slot,
+            current: Mutex::new(None),
+            aside: Mutex::default(),
+        }
+    }
+
+    /// Whether what comes now has to wait for its turn.
+    fn is_aside(&self) -> bool {
+        let aside = self.aside.lock();
+        aside.busy || aside.draining || !aside.waiting.is_empty()
+    }
+
+    /// Carries out what has waited, one after the other, until something is in the slot again.
+    fn drain(&self) {
+        let mut aside = self.aside.lock();
+        if aside.draining {
+            return;
+        }
+        aside.draining = true;
+        while !aside.busy
+            && let Some(job) = aside.waiting.pop_front()
+        {
+            MutexGuard::unlocked(&mut aside, job);
+        }
+        aside.draining = false;
+    }
+}
+
+/// Runs what uses the slot of a thread's worker, after what an earlier message has begun there. The calling thread does not wait
+/// for that.
+pub fn in_turn(shared: &Shared, tid: i32, job: impl FnOnce() + Send + 'static) {
+    if let Some(worker) = shared.worker(tid).filter(|w| w.is_aside()) {
+        worker.aside.lock().waiting.push_back(Box::new(job));
+        // It may have ended in between.
+        worker.drain();
+        return;
+    }
+    job();
 }
 
 /// How long the contact's thread waits for a call that usually ends at once.
@@ -40,6 +98,18 @@ pub fn begin(shared: &Arc<Shared>, reply: ReplyTo, payload: Vec<u8>) {
     let tid = reply.header.tid;
     // A thread that has just been killed: the supervisor learns of it by another message.
     let Some(worker) = shared.worker(tid) else { return };
+    if worker.is_aside() {
+        let later = shared.clone();
+        return in_turn(shared, tid, move || match later.worker(tid) {
+            Some(worker) => begin_now(&later, &worker, reply, payload),
+            None => reply.send(&[&(-i64::from(libc::ESRCH)).to_le_bytes()]),
+        });
+    }
+    begin_now(shared, &worker, reply, payload);
+}
+
+fn begin_now(shared: &Arc<Shared>, worker: &Arc<Worker>, reply: ReplyTo, payload: Vec<u8>) {
+    let (tid, worker) = (worker.tid, worker.clone());
     let refuse = |e: Malformed| {
         tracing::error!(tid, error = %e, "call refused");
         reply.send(&[&(-i64::from(libc::EPROTO)).to_le_bytes()]);
@@ -469,22 +539,55 @@ pub fn synthetic(shared: &Arc<Shared>, tid: i32, file: &wire::Synthetic) -> i64 
 
 /// Gives the vessel a signal disposition of its guest. The handler's address is never jumped to: what arrives at the
 /// vessel is taken by its tracer.
-pub fn set_action(shared: &Arc<Shared>, tid: i32, action: &wire::Action) {
+pub fn set_action(shared: &Arc<Shared>, tid: i32, action: wire::Action) {
     let Some(worker) = shared.worker(tid) else { return };
+    in_turn(shared, tid, move || {
+        begin_sigaction(&worker, action.signal, action.action);
+        if let Some(ret) = worker.slot.wait(Some(INLINE_WAIT)) {
+            return end_sigaction(&worker, ret);
+        }
+        // The vessel is stopped. The thread's next calls wait for this, and nobody else does.
+        crate::contact::spawn("action", move || {
+            let ret = worker.slot.wait(None);
+            end_sigaction(&worker, ret.unwrap_or(0));
+        });
+    });
+}
+
+/// Gives the vessel the default disposition of the signal of which it is to die.
+pub fn set_default(shared: &Arc<Shared>, worker: Arc<Worker>, signal: i32) {
+    let (later, tid, pid) = (shared.clone(), worker.tid, worker.pid);
+    in_turn(shared, tid, move || {
+        begin_sigaction(&worker, signal, [0; 4]);
+        crate::contact::spawn("death", move || {
+            if let Some(ret) = worker.slot.wait(None) {
+                end_sigaction(&worker, ret);
+                later.post(Command::Dies(pid, signal));
+            }
+        });
+    });
+}
+
+/// Begins a change of a disposition in an idle worker.
+fn begin_sigaction(worker: &Worker, signal: i32, action: [u64; 4]) {
+    worker.aside.lock().busy = true;
     let mut bytes = [0; 32];
-    for (place, word) in bytes.chunks_exact_mut(8).zip(action.action) {
+    for (place, word) in bytes.chunks_exact_mut(8).zip(action) {
         place.copy_from_slice(&word.to_ne_bytes());
     }
     worker.slot.write(0, &bytes);
     let base = worker.slot.data_address();
-    let ret = plain(
-        &worker,
-        libc::SYS_rt_sigaction,
-        [action.signal as u64, base, 0, 8, 0, 0],
-    );
+    worker
+        .slot
+        .post(libc::SYS_rt_sigaction as u64, [signal as u64, base, 0, 8, 0, 0]);
+}
+
+fn end_sigaction(worker: &Worker, ret: i64) {
     if ret < 0 {
-        tracing::warn!(tid, signal = action.signal, ret, "disposition not set at home");
+        tracing::warn!(tid = worker.tid, ret, "disposition not set at home");
     }
+    worker.aside.lock().busy = false;
+    worker.drain();
 }
 
 /// The content of a file of /proc about the vessel that asks; empty when there is none.
@@ -499,12 +602,6 @@ pub fn read_proc(shared: &Arc<Shared>, tid: i32, path: &[u8]) -> Vec<u8> {
         return Vec::new();
     }
     std::fs::read(format!("/proc/{}/{name}", worker.pid)).unwrap_or_default()
-}
-
-/// Executes one call without pointers in a vessel thread that is idle, on the calling thread.
-pub fn plain(worker: &Worker, nr: i64, args: [u64; 6]) -> i64 {
-    worker.slot.post(nr as u64, args);
-    worker.slot.wait(None).unwrap_or(-i64::from(libc::ESRCH))
 }
 
 /// Waits on a thread of its own for the end of a clone that the vessel executes.

@@ -33,10 +33,16 @@ impl Contact {
         let shared = &self.shared;
         match kind {
             Kind::Call => calls::begin(shared, reply, payload),
-            Kind::Clone => shared.post(Command::Clone(reply, body(&payload)?)),
-            Kind::Exec => shared.post(Command::Exec(reply, body(&payload)?)),
-            Kind::ExitThread => shared.post(Command::ExitThread(reply, body::<wire::ExitCode>(&payload)?.0)),
-            Kind::ExitGroup => shared.post(Command::ExitGroup(reply, body::<wire::ExitCode>(&payload)?.0)),
+            Kind::Clone => self.post_in_turn(Command::Clone(reply.clone(), body(&payload)?), &reply),
+            Kind::Exec => self.post_in_turn(Command::Exec(reply.clone(), body(&payload)?), &reply),
+            Kind::ExitThread => {
+                let code = body::<wire::ExitCode>(&payload)?.0;
+                self.post_in_turn(Command::ExitThread(reply.clone(), code), &reply);
+            }
+            Kind::ExitGroup => {
+                let code = body::<wire::ExitCode>(&payload)?.0;
+                self.post_in_turn(Command::ExitGroup(reply.clone(), code), &reply);
+            }
             Kind::Died => shared.post(Command::Died(body(&payload)?)),
             Kind::Interrupt => shared.post(Command::Interrupt(body(&payload)?)),
             Kind::Clock => reply.send(&[&wire::encode(&shim::capture::clocks())]),
@@ -82,7 +88,7 @@ impl Contact {
             Kind::Action => {
                 let action: wire::Action = body(&payload)?;
                 // Here and now: the thread's next call must find it in effect.
-                calls::set_action(shared, reply.header.tid, &action);
+                calls::set_action(shared, reply.header.tid, action);
                 shared.post(Command::Action(action));
             }
             Kind::ReadProc => {
@@ -94,10 +100,12 @@ impl Contact {
             }
             Kind::Synthetic => {
                 let s: wire::Synthetic = body(&payload)?;
-                let shared = shared.clone();
-                spawn("synthetic", move || {
-                    let ret = calls::synthetic(&shared, reply.header.tid, &s);
-                    reply.send(&[&ret.to_le_bytes()]);
+                let (later, tid) = (shared.clone(), reply.header.tid);
+                calls::in_turn(shared, tid, move || {
+                    spawn("synthetic", move || {
+                        let ret = calls::synthetic(&later, tid, &s);
+                        reply.send(&[&ret.to_le_bytes()]);
+                    });
                 });
             }
             Kind::MoveFailed => shared.post(Command::MoveFailed(body(&payload)?)),
@@ -118,6 +126,12 @@ impl Contact {
             other => return Err(format!("{other:?} is not for a deputy")),
         }
         Ok(())
+    }
+
+    /// Hands the tracer a command that uses the slot of the thread that asks.
+    fn post_in_turn(&self, command: Command, reply: &ReplyTo) {
+        let shared = self.shared.clone();
+        calls::in_turn(&self.shared, reply.header.tid, move || shared.post(command));
     }
 
     /// Writes pages of a process that comes home into its vessel. Only a process that has announced itself

@@ -276,6 +276,7 @@ impl Home {
             Command::ExitThread(reply, code) => self.exit_thread(reply, code),
             Command::ExitGroup(reply, code) => self.exit_group(reply, code),
             Command::Died(died) => self.die(died.pid, died.signal),
+            Command::Dies(pid, signal) => self.die_now(pid, signal),
             Command::Interrupt(i) => self.interrupt(i),
             Command::Homecoming(reply, body) => self.homecoming(reply, *body),
             Command::HomeCommit(reply, body) => self.home_commit(reply, &body),

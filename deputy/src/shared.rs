@@ -85,6 +85,8 @@ pub enum Command {
     ExitGroup(ReplyTo, i32),
     /// A guest was killed by a signal of its own.
     Died(wire::Died),
+    /// Its process can die of the same now.
+    Dies(i32, i32),
     /// Interrupt a call in progress.
     Interrupt(wire::Interrupt),
     /// A process comes home.

@@ -8,7 +8,6 @@ use linklayer::image::{AreaKind, ProcessImage, SigAction};
 use linklayer::stay::StayReason;
 use linklayer::syscall::CallView;
 use linklayer::wire::{self, FileRef, Kind};
-use parking_lot::Mutex;
 use shim::ptrace::{self, Stop, Stopped};
 use shim::vessel::{Slot, Vessel};
 
@@ -71,12 +70,7 @@ impl Home {
 
     pub(crate) fn add_worker(&mut self, pid: i32, tid: i32, slot: Slot) {
         self.tasks.insert(tid, Task::new(tid, pid, Role::Worker));
-        let worker = Arc::new(Worker {
-            tid,
-            pid,
-            slot,
-            current: Mutex::new(None),
-        });
+        let worker = Arc::new(Worker::new(tid, pid, slot));
         self.shared.workers.write().insert(tid, worker);
     }
 
@@ -407,30 +401,38 @@ impl Home {
         if !(1..=64).contains(&signal) {
             return Ok(());
         }
+        if process.away().is_none() {
+            // It has executed something meanwhile, which handles nothing yet.
+            return Ok(shim::signal::kill_process(pid, signal)?);
+        }
         process.dying = Some(signal);
-        let target = self
+        let mut workers = self
+            .tasks
+            .values()
+            .filter(|t| t.pid == pid && t.cloning.is_none() && t.executing.is_none())
+            .filter_map(|t| self.shared.worker(t.tid));
+        let idle = workers.find(|w| w.current.lock().is_none());
+        match idle.filter(|_| signal != libc::SIGKILL) {
+            // Not here: the vessel may be stopped, and only this thread lets it go on.
+            Some(worker) => calls::set_default(&self.shared, worker, signal),
+            None => self.die_now(pid, signal)?,
+        }
+        Ok(())
+    }
+
+    /// The vessel's disposition of the signal of which it dies is the default.
+    pub(crate) fn die_now(&mut self, pid: i32, signal: i32) -> anyhow::Result<()> {
+        let catcher = self
             .tasks
             .values()
             .find(|t| t.pid == pid && t.role == Role::Catcher)
             .map(|t| t.tid);
-        let worker = self
-            .tasks
-            .values()
-            .filter(|t| t.pid == pid)
-            .find_map(|t| self.shared.worker(t.tid));
-        let (Some(target), Some(worker)) = (target, worker) else {
-            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
-            return Ok(());
+        let Some(catcher) = catcher else {
+            return Ok(shim::signal::kill_process(pid, signal)?);
         };
-        if worker.current.lock().is_none() && signal != libc::SIGKILL {
-            worker.slot.write(0, &[0; 32]);
-            let base = worker.slot.data_address();
-            calls::plain(&worker, libc::SYS_rt_sigaction, [signal as u64, base, 0, 8, 0, 0]);
-        }
         // Only the flag that a core was dumped is wanted, not the vessel's memory.
         let _ = std::fs::write(format!("/proc/{pid}/coredump_filter"), "0");
-        shim::signal::kill_thread(pid, target, signal)?;
-        Ok(())
+        Ok(shim::signal::kill_thread(pid, catcher, signal)?)
     }
 
     /// Keeps the vessel's disposition equal to the guest's: what is ignored decides what the kernel does with children,

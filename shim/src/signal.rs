@@ -58,3 +58,14 @@ pub fn kill_thread(pid: i32, tid: i32, signal: i32) -> io::Result<()> {
         Ok(())
     }
 }
+
+/// kill(2).
+pub fn kill_process(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: no pointers.
+    let r = unsafe { libc::kill(pid, signal) };
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
