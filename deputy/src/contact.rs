@@ -77,13 +77,8 @@ impl Contact {
                 self.write_pages(reply.header.tid, u64::from_le_bytes(*address), data)?;
             }
             Kind::SharedPages => {
-                let Some((head, data)) = payload.split_first_chunk::<16>() else {
-                    return Err("pages of shared memory without an address".into());
-                };
-                let head = u128::from_le_bytes(*head);
-                shared
-                    .objects
-                    .write(self.node, head as u64, (head >> 64) as u64, data)?;
+                let (id, offset, data) = wire::shared_pages(&payload).map_err(|e| e.to_string())?;
+                shared.objects.write((self.node, id), offset, data)?;
             }
             Kind::Action => {
                 let action: wire::Action = body(&payload)?;

@@ -31,6 +31,8 @@ pub struct Home {
     /// Stopped children whose parent's event has not been seen yet.
     pub(crate) strays: HashMap<i32, Stopped>,
     pub(crate) arena: shim::vessel::Arena,
+    /// Groups of processes that are being stopped to leave home, by the one that was asked for.
+    pub(crate) together: HashMap<i32, crate::together::Together>,
     /// Threads at home that wait for the child of a vfork(2) that they made away, with their processes, by that child.
     pub(crate) vforked: HashMap<i32, (i32, Stopped)>,
     /// The process and thread whose call ends only when the signals that it sent have been relayed.
@@ -58,6 +60,7 @@ impl Home {
             tasks: HashMap::new(),
             strays: HashMap::new(),
             arena: shim::vessel::Arena::new()?,
+            together: HashMap::new(),
             vforked: HashMap::new(),
             settling: None,
             releasing: None,
@@ -183,9 +186,7 @@ impl Home {
                 self.held_for_leaving(pid, stopped)?;
             }
             Stop::VforkDone(_) => {
-                if let Some(process) = self.processes.get_mut(&pid) {
-                    process.vforking = process.vforking.saturating_sub(1);
-                }
+                self.vfork_done(pid);
                 stopped.cont(0)?;
             }
             Stop::Fork(child) | Stop::Vfork(child) | Stop::Clone(child) => {
@@ -194,6 +195,9 @@ impl Home {
                 }
                 self.native_child(pid, child);
                 stopped.cont(0)?;
+                if let Some(first) = self.processes.get(&pid).and_then(|p| p.together) {
+                    self.together_progress(first)?;
+                }
             }
             _ => stopped.cont(0)?,
         }
@@ -205,7 +209,11 @@ impl Home {
         let owner = tgid_of(child).unwrap_or(child);
         if owner == parent {
             self.tasks.insert(child, Task::new(child, parent, Role::Native));
-            if self.processes.get(&parent).is_some_and(|p| p.leaving.is_some()) {
+            if self
+                .processes
+                .get(&parent)
+                .is_some_and(|p| p.leaving.is_some() || p.together.is_some())
+            {
                 // Its first stop may be over already.
                 let _ = ptrace::interrupt(child);
             }
@@ -235,18 +243,45 @@ impl Home {
         if let Some((reply, last)) = task.ending {
             reply.errno(i32::from(last));
         }
+        let together = self.processes.get(&task.pid).and_then(|p| p.together);
         if self.tasks.values().any(|t| t.pid == task.pid) {
+            if let Some(first) = together
+                && let Err(e) = self.together_progress(first)
+            {
+                tracing::error!(error = format!("{e:#}"), "processes that leave");
+            }
             if let Err(e) = self.leave_if_all_held(task.pid) {
                 tracing::error!(error = format!("{e:#}"), "process that leaves");
             }
             return;
         }
         self.forget(task.pid);
+        if let Some(first) = together
+            && let Err(e) = self.together_progress(first)
+        {
+            tracing::error!(error = format!("{e:#}"), "processes that leave");
+        }
+    }
+
+    /// The child of a vfork has given a process at home its memory back.
+    pub(crate) fn vfork_done(&mut self, pid: i32) {
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return;
+        };
+        process.vforking = process.vforking.saturating_sub(1);
+        if process.vforking == 0 {
+            for (pid, node, done) in process.after_vfork.drain(..) {
+                self.shared.post(Command::Out(pid, node, done, None));
+            }
+        }
     }
 
     /// Takes a process out of the job.
     pub(crate) fn forget(&mut self, pid: i32) {
-        if let Some(process) = self.processes.remove(&pid) {
+        if let Some(mut process) = self.processes.remove(&pid) {
+            for (pid, node, done) in process.after_vfork.drain(..) {
+                self.shared.post(Command::Out(pid, node, done, None));
+            }
             process.discard_guest();
             process.fail_waiters("the process has ended");
         }
@@ -289,6 +324,7 @@ impl Home {
             Command::Unblock(pending, ret) => self.unblock(*pending, ret),
             Command::Expose(pending) => self.expose(*pending),
             Command::Exposed(pending, reply) => self.cover(*pending, reply),
+            Command::TogetherReady(sent, result) => self.together_ready(*sent, result),
             Command::Lost(node, why) => self.lost(node, &why),
         };
         if let Err(e) = result {

@@ -2,98 +2,18 @@
 //!
 //! Processes that share memory come together. Each is announced and laid out by itself; one commit makes all of them run.
 
-use std::collections::{HashMap, HashSet};
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::collections::HashSet;
 
 use anyhow::Context;
-use linklayer::image::{AreaFlags, AreaKind};
 use linklayer::wire;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use parking_lot::Mutex;
 use shim::ptrace::Stopped;
 use shim::vessel::VesselError;
 
 use crate::home::Home;
 use crate::process::{Mode, Role, Task};
 use crate::shared::{Command, ReplyTo};
-
-/// Anonymous memory of processes on their way home that share it, by the node that they come from and its id there.
-#[derive(Default)]
-pub struct Objects {
-    known: Mutex<HashMap<(u32, u64), Object>>,
-}
-
-struct Object {
-    file: Arc<File>,
-    size: u64,
-    /// Processes that were announced with it.
-    users: HashSet<i32>,
-}
-
-impl Objects {
-    /// Makes what a process names and nobody has named before it.
-    fn announce(
-        &self,
-        node: u32,
-        pid: i32,
-        object: &wire::SharedObject,
-        reserved: bool,
-    ) -> anyhow::Result<()> {
-        let mut known = self.known.lock();
-        if let Some(entry) = known.get_mut(&(node, object.id)) {
-            anyhow::ensure!(entry.size == object.size, "shared memory of two sizes");
-            entry.users.insert(pid);
-            return Ok(());
-        }
-        // Memory of which nothing can be accessed has to be mapped, too.
-        let size = object.size.max(linklayer::image::PAGE);
-        let file = shim::shared_memory::create(size, reserved).context("shared memory")?;
-        if size != object.size {
-            file.set_len(object.size).context("size of shared memory")?;
-        }
-        let entry = Object {
-            file: Arc::new(file),
-            size: object.size,
-            users: HashSet::from([pid]),
-        };
-        known.insert((node, object.id), entry);
-        Ok(())
-    }
-
-    fn file(&self, node: u32, id: u64) -> Option<Arc<File>> {
-        Some(self.known.lock().get(&(node, id))?.file.clone())
-    }
-
-    /// Writes pages of an object that was announced.
-    ///
-    /// # Errors
-    /// It was not, or does not reach so far: the supervisor breaks the protocol.
-    pub fn write(&self, node: u32, id: u64, offset: u64, data: &[u8]) -> Result<(), String> {
-        let known = self.known.lock();
-        let object = known
-            .get(&(node, id))
-            .ok_or_else(|| format!("pages of shared memory {id}, which was not announced"))?;
-        let end = offset.checked_add(data.len() as u64);
-        if end.is_none_or(|end| end > object.size) {
-            return Err(format!("pages behind the end of shared memory {id}"));
-        }
-        let file = object.file.clone();
-        drop(known);
-        file.write_all_at(data, offset)
-            .map_err(|e| format!("shared memory {id} at {offset:#x}: {e}"))
-    }
-
-    /// A process is at home, or does not come: it needs them no more.
-    pub fn forget(&self, pid: i32) {
-        self.known.lock().retain(|_, object| {
-            object.users.remove(&pid);
-            !object.users.is_empty()
-        });
-    }
-}
 
 impl Home {
     /// Its image is there: the vessel's layout is made equal to it. The guest is stopped and stays the live copy until
@@ -156,11 +76,11 @@ impl Home {
             return Ok(());
         }
         for object in &body.objects {
-            let reserved = !body.image.areas.iter().any(|area| {
-                matches!(area.kind, AreaKind::SharedAnon { id, .. } if id == object.id)
-                    && area.flags.has(AreaFlags::NORESERVE)
-            });
-            self.shared.objects.announce(node, pid, object, reserved)?;
+            let reserved = shim::capture::reserves(&body.image, object.id);
+            self.shared
+                .objects
+                .announce((node, object.id), pid, object.size, reserved)
+                .context("shared memory")?;
         }
         let leader = body
             .image
@@ -180,7 +100,7 @@ impl Home {
         let away = process.away().context("it is at home")?;
         away.vessel
             .adapt_layout(&body.image, &worker.slot, &|id| files.file(id), &|id| {
-                objects.file(node, id)
+                objects.file((node, id))
             })?;
         Ok(())
     }
@@ -320,9 +240,7 @@ impl Home {
         let Some((parent, stopped)) = self.vforked.remove(&child) else {
             return;
         };
-        if let Some(process) = self.processes.get_mut(&parent) {
-            process.vforking = process.vforking.saturating_sub(1);
-        }
+        self.vfork_done(parent);
         if let Err(e) = stopped.cont(0) {
             tracing::debug!(parent, error = %e, "parent of a vfork");
         }
@@ -376,28 +294,5 @@ fn lost(pid: i32, error: &VesselError) {
     tracing::error!(pid, %error, "lost on its way home; it is killed");
     if let Err(e) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
         tracing::debug!(pid, error = %e, "kill");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shared_memory_is_made_once_and_lives_as_long_as_somebody_comes_with_it() {
-        let objects = Objects::default();
-        let object = wire::SharedObject { id: 7, size: 8192 };
-        assert!(objects.announce(2, 100, &object, true).is_ok());
-        assert!(objects.announce(2, 101, &object, true).is_ok());
-        let other_size = wire::SharedObject { id: 7, size: 4096 };
-        assert!(objects.announce(2, 102, &other_size, true).is_err());
-        assert!(objects.write(2, 7, 4096, &[1; 4096]).is_ok());
-        assert!(objects.write(2, 7, 4097, &[1; 4096]).is_err());
-        assert!(objects.write(2, 7, u64::MAX, &[1; 4096]).is_err());
-        assert!(objects.write(3, 7, 0, &[1]).is_err());
-        objects.forget(100);
-        assert!(objects.file(2, 7).is_some());
-        objects.forget(101);
-        assert!(objects.file(2, 7).is_none());
     }
 }

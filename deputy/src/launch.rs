@@ -50,6 +50,7 @@ impl Home {
             reply.errno(0);
         }
         self.memory_returned(pid);
+        self.executed_together(pid);
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(());
         };
@@ -130,6 +131,9 @@ impl Home {
         stopped.settle()?;
         let (threads, described) = self.describe(pid, vec![stopped]);
         match described {
+            Ok((image, _)) if self.shares_memory(pid, &image) => {
+                return self.depart_together(pid, node, None, 0, threads);
+            }
             Ok((image, files)) => {
                 process_launch(&self.shared, pid, node, image, files);
                 if let Some(process) = self.processes.get_mut(&pid) {
@@ -259,7 +263,7 @@ pub(crate) fn process_launch(
     });
 }
 
-fn transfer(
+pub(crate) fn transfer(
     _shared: &Shared,
     link: &Link,
     pid: i32,

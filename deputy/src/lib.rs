@@ -15,6 +15,7 @@ mod process;
 pub mod shared;
 mod signals;
 mod terminal;
+mod together;
 mod vessel;
 
 use std::sync::Arc;

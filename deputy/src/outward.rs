@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use crossbeam_channel::Sender;
+use linklayer::image::ProcessImage;
 use linklayer::stay::StayReason;
 use shim::ptrace::{self, Stopped};
 
@@ -64,11 +65,13 @@ impl Home {
             Mode::Launching(..) => return refuse(format!("process {pid} is being moved at this moment")),
             Mode::Native => {}
         }
-        if process.breakpoint.is_some() || process.leaving.is_some() {
+        if process.breakpoint.is_some() || process.leaving.is_some() || process.together.is_some() {
             return refuse(format!("process {pid} is being moved at this moment"));
         }
         if process.vforking > 0 {
-            return refuse(format!("process {pid} waits for the child of a vfork"));
+            // Its thread stops only when its child has given the memory back.
+            process.after_vfork.push((pid, node, done));
+            return Ok(());
         }
         let tids: Vec<i32> = self
             .tasks
@@ -96,6 +99,9 @@ impl Home {
 
     /// A thread of a process that leaves has stopped.
     pub(crate) fn held_for_leaving(&mut self, pid: i32, stopped: Stopped) -> anyhow::Result<()> {
+        if let Some(first) = self.processes.get(&pid).and_then(|p| p.together) {
+            return self.held_together(first, stopped);
+        }
         let process = self.processes.get_mut(&pid).context("process that leaves")?;
         let Some(leaving) = process.leaving.as_mut() else {
             stopped.cont(0)?;
@@ -122,12 +128,12 @@ impl Home {
         let result = described.map_err(|e| format!("process {pid} stays at home: {e:#}"));
         match result {
             Ok((mut image, files)) => {
-                if image
-                    .threads
-                    .iter()
-                    .any(|t| t.rewound.is_some_and(|r| r.code == RESTART_BLOCK))
-                {
-                    return self.try_again(pid, leaving.node, leaving.done, leaving.tries, threads);
+                if self.shares_memory(pid, &image) {
+                    let done = Some(leaving.done);
+                    return self.depart_together(pid, leaving.node, done, leaving.tries, threads);
+                }
+                if waits(&image) {
+                    return self.try_again(pid, leaving.node, Some(leaving.done), leaving.tries, threads);
                 }
                 // What is pending for the process stays pending in the vessel, whose catcher relays it.
                 image.pending.clear();
@@ -146,15 +152,16 @@ impl Home {
     }
 
     /// It is in a sleep whose rest only the kernel knows: let it go on and look again soon.
-    fn try_again(
+    pub(crate) fn try_again(
         &mut self,
         pid: i32,
         node: u32,
-        done: Done,
+        done: Option<Done>,
         tries: u32,
         threads: Vec<Stopped>,
     ) -> anyhow::Result<()> {
         release(threads)?;
+        let Some(done) = done else { return Ok(()) };
         if tries == 0 {
             let why =
                 format!("process {pid} is in a timed wait whose rest the kernel keeps; try again later");
@@ -168,6 +175,14 @@ impl Home {
         });
         Ok(())
     }
+}
+
+/// Whether a thread is in a wait whose rest only the kernel knows.
+pub(crate) fn waits(image: &ProcessImage) -> bool {
+    image
+        .threads
+        .iter()
+        .any(|t| t.rewound.is_some_and(|r| r.code == RESTART_BLOCK))
 }
 
 /// Lets threads go on.

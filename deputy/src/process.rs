@@ -158,6 +158,10 @@ pub struct Process {
     pub departure: Option<Done>,
     /// Where it goes when it has come home.
     pub next: Option<(u32, Done)>,
+    /// It is being stopped to leave home with others: the one that was asked for.
+    pub together: Option<i32>,
+    /// Moves that wait until no thread waits for the child of a vfork: which process, where to, and who asked.
+    pub after_vfork: Vec<(i32, u32, Done)>,
     /// Threads that wait for the child of a vfork.
     pub vforking: u32,
     /// Why it is at home.
@@ -183,6 +187,8 @@ impl Process {
             leaving: None,
             departure: None,
             next: None,
+            together: None,
+            after_vfork: Vec::new(),
             vforking: 0,
             stay: None,
             how: "started",

@@ -11,6 +11,7 @@ use linklayer::stay::StayReason;
 use linklayer::wire;
 use nix::sys::eventfd::EventFd;
 use parking_lot::{Mutex, RwLock};
+use shim::shared_memory::Objects;
 
 use crate::calls::Worker;
 use crate::files::Files;
@@ -112,6 +113,8 @@ pub enum Command {
     Out(i32, u32, Sender<Result<(), String>>, Option<u32>),
     /// Let all processes of the job go, and end; the answer tells when that is done, or why it is not.
     Release(Sender<Result<(), String>>),
+    /// The supervisor built (or refused) a group of guests.
+    TogetherReady(Box<crate::together::Sent>, Result<Link, String>),
     /// The contact to a supervisor is gone.
     Lost(u32, String),
 }
@@ -141,8 +144,8 @@ pub struct Shared {
     pub table: Mutex<HashMap<i32, ProcessView>>,
     /// Processes whose pages may be written because they are on their way home.
     pub homecoming: Mutex<std::collections::HashSet<i32>>,
-    /// What processes on their way home share.
-    pub objects: crate::homeward::Objects,
+    /// What processes on their way home share, by the node that they come from and its id there.
+    pub objects: Objects<(u32, u64)>,
     /// Last usage report of each node.
     pub usage: Mutex<HashMap<u32, wire::Usage>>,
 }

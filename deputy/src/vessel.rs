@@ -56,6 +56,12 @@ impl Home {
             set_options(&mut whole, Home::options());
             (whole, e)
         })?;
+        self.furnish(pid, parts);
+        Ok(vessel)
+    }
+
+    /// Takes the threads of a new vessel into the books.
+    pub(crate) fn furnish(&mut self, pid: i32, parts: shim::vessel::Parts) {
         for (tid, slot) in parts.workers {
             self.add_worker(pid, tid, slot);
         }
@@ -65,7 +71,6 @@ impl Home {
         if let Some(process) = self.processes.get_mut(&pid) {
             process.actions = parts.actions;
         }
-        Ok(vessel)
     }
 
     pub(crate) fn add_worker(&mut self, pid: i32, tid: i32, slot: Slot) {
@@ -498,7 +503,7 @@ pub(crate) fn set_options(threads: &mut [Stopped], options: ptrace::Options) {
 /// What in an image forbids to build it elsewhere.
 fn unmovable(image: &ProcessImage) -> Option<StayReason> {
     image.areas.iter().find_map(|area| match area.kind {
-        AreaKind::SharedAnon { .. } => Some(StayReason::SharedMemory),
+        AreaKind::SharedAnon { sysv: true, .. } => Some(StayReason::SharedMemory),
         _ if crate::launch::shared_writable(area) => Some(StayReason::SharedMapping),
         _ => None,
     })

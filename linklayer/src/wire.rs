@@ -103,6 +103,9 @@ pub enum Kind {
     End = 40,
     /// Supervisor to deputy: what do home's clocks show (empty body); answer [`Clocks`](crate::image::Clocks).
     Clock = 43,
+    /// Deputy to supervisor: a process that comes shares memory with others that come ([`Share`]); before its [`Launch`].
+    /// Answer [`Errno`].
+    Share = 51,
     /// Supervisor to deputy: the guests that were created are running ([`Pid`]); a clone's parent was released.
     Cloned = 41,
 }
@@ -111,7 +114,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_u16(n: u16) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 31] = [
+        const ALL: [Kind; 32] = [
             Call,
             Clone,
             Exec,
@@ -125,6 +128,7 @@ impl Kind {
             Homecoming,
             Pages,
             SharedPages,
+            Share,
             HomeCommit,
             Action,
             Synthetic,
@@ -182,6 +186,16 @@ pub fn decode<T: Decode<()>>(bytes: &[u8]) -> Result<T, Malformed> {
             why: e.to_string(),
         }),
     }
+}
+
+/// The id of the object, the offset and the bytes of a [`Kind::SharedPages`] frame.
+pub fn shared_pages(payload: &[u8]) -> Result<(u64, u64, &[u8]), Malformed> {
+    let Some((head, data)) = payload.split_first_chunk::<16>() else {
+        let (what, why) = ("pages of shared memory", "no address".into());
+        return Err(Malformed { what, why });
+    };
+    let head = u128::from_le_bytes(*head);
+    Ok((head as u64, (head >> 64) as u64, data))
 }
 
 /// First message of both ends.
@@ -348,6 +362,15 @@ pub struct SharedObject {
     pub size: u64,
 }
 
+/// What a process shares with others that come with it. An object that several of them name is the same.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Share {
+    /// The process.
+    pub pid: i32,
+    /// Its objects, by the ids in its areas, and whether they are accounted for as a whole.
+    pub objects: Vec<(SharedObject, bool)>,
+}
+
 /// A thread that waits until a child that borrows its memory has executed a program or ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct Vfork {
@@ -473,7 +496,7 @@ mod tests {
             }
         }
         assert!(Kind::from_u16(0).is_none());
-        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 31);
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 32);
     }
 
     #[test]

@@ -134,3 +134,14 @@ pub fn limit(pid: i32, resource: u32) -> io::Result<(u64, u64)> {
     }
     Ok((old.rlim_cur, old.rlim_max))
 }
+
+/// Whether two processes have one memory (CLONE_VM; kcmp(2), KCMP_VM). `None` when the kernel does not tell.
+pub fn same_memory(one: i32, other: i32) -> Option<bool> {
+    const KCMP_VM: i32 = 1;
+    // SAFETY: no pointers.
+    match unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_VM, 0, 0) } {
+        0 => Some(true),
+        1..=3 => Some(false),
+        _ => None,
+    }
+}

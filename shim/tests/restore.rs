@@ -3,15 +3,18 @@
 
 mod surgery;
 
+use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use linklayer::image::XstateComponent;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shim::cage::{Cage, CageOptions};
+use shim::capture::SharedObjects;
 use shim::ptrace::{self, Options, Status, Stopped, Target, wait, wait_stop};
-use shim::restore::{Rebuilt, rebuild};
+use shim::restore::{Backing, Rebuilt, rebuild};
 use surgery::{Captured, Guest, THREADS, capture, compile, run_to_end, stop_all};
 
 fn cage() -> Cage {
@@ -34,7 +37,13 @@ fn end(pid: i32) {
 
 /// Builds the process in the cage, with the ids that it had.
 fn build(cage: &Cage, captured: &Captured) -> Rebuilt {
-    let fds: Vec<_> = captured.files.iter().map(|f| f.as_fd()).collect();
+    build_sharing(cage, captured, None)
+}
+
+/// The same for one that shares memory.
+fn build_sharing(cage: &Cage, captured: &Captured, shared: Option<&File>) -> Rebuilt {
+    let files = captured.files.iter().chain(shared);
+    let fds: Vec<_> = files.map(|f| f.as_fd()).collect();
     let blank = cage.spawn_blank(captured.image.pid, &fds).unwrap();
     ptrace::seize(
         blank.outer_pid,
@@ -47,7 +56,10 @@ fn build(cage: &Cage, captured: &Captured) -> Rebuilt {
     rebuild(
         stopped,
         &captured.image,
-        &|id| inside.get(id as usize).copied(),
+        &|backing| match backing {
+            Backing::File(id) => inside.get(id as usize).copied(),
+            Backing::Shared(_) => inside.get(captured.files.len()).copied(),
+        },
         &captured.pages,
     )
     .unwrap()
@@ -242,6 +254,85 @@ fn another_kernels_vdso_leads_to_this_ones() {
     }
     assert!(steps > 0, "never stopped in the vDSO");
     kill(Pid::from_raw(outer), Signal::SIGUSR1).unwrap();
+    let status = run_to_end(outer);
+    assert!(matches!(status, Status::Exited(42)), "{status:?}");
+    assert!(cage.teardown(Duration::from_secs(2)));
+}
+
+const SHARERS: &str = r#"
+    #define _GNU_SOURCE
+    #include <stdio.h>
+    #include <sys/mman.h>
+    #include <unistd.h>
+    int main(void) {
+        volatile long *shared = mmap(0, 3 * 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        if (shared == MAP_FAILED) return 1;
+        shared[1024] = 77;
+        if (fork() == 0) {
+            /* it has a part only, and what is written to the rest comes by the other */
+            munmap((void *) shared, 4096);
+            volatile long *mine = shared + 512;
+            while (!mine[1]) mine[0]++;
+            mine[2] = mine[512] == 77 ? 42 : 3;
+            _exit(0);
+        }
+        while (!shared[512]) usleep(100);
+        puts("ready");
+        fflush(stdout);
+        while (!shared[0]) usleep(1000);
+        long before = shared[512];
+        while (shared[512] == before) usleep(1000);
+        shared[513] = 1;
+        while (!shared[514]) usleep(1000);
+        return shared[514];
+    }"#;
+
+#[test]
+fn memory_is_shared_elsewhere_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "sharers", SHARERS, &[]);
+    let (mut guest, stopped) = Guest::start(&program, &[]);
+    stopped.cont(0).unwrap();
+    let parent = guest.pid;
+    let child = loop {
+        let Some((tid, Status::Stopped(stopped))) = wait(Target::Mine, false).unwrap() else {
+            panic!("it ended")
+        };
+        stopped.cont(0).unwrap();
+        if tid != parent {
+            break tid;
+        }
+    };
+    while let Some((_, Status::Stopped(stopped))) = wait(Target::Mine, true).unwrap() {
+        stopped.cont(0).unwrap();
+    }
+    assert_eq!(guest.line(), "ready");
+    let captured: Vec<Captured> = [parent, child]
+        .into_iter()
+        .map(|pid| capture(pid, &mut stop_all(pid)))
+        .collect();
+    let objects = SharedObjects::of(captured.iter().map(|c| (c.image.pid, &c.image)));
+    let named = objects.named_by(&captured[0].image);
+    assert_eq!(named, objects.named_by(&captured[1].image));
+    assert_eq!((named.len(), named[0].size), (1, 3 * 4096));
+    let memory = shim::shared_memory::memfd(named[0].size).unwrap();
+    objects
+        .read(&mut |_, offset, data| memory.write_all_at(data, offset))
+        .unwrap();
+    // What the leader waits for.
+    memory.write_all_at(&1u64.to_ne_bytes(), 0).unwrap();
+    end(child);
+    end(parent);
+    let cage = cage();
+    let built: Vec<Rebuilt> = captured
+        .iter()
+        .map(|captured| build_sharing(&cage, captured, Some(&memory)))
+        .collect();
+    drop(memory);
+    let outer = built[0].pid();
+    for one in built {
+        go(vec![one.finish().unwrap()]);
+    }
     let status = run_to_end(outer);
     assert!(matches!(status, Status::Exited(42)), "{status:?}");
     assert!(cage.teardown(Duration::from_secs(2)));

@@ -314,6 +314,26 @@ fn a_capture_changes_nothing() {
 }
 
 #[test]
+fn what_was_prepared_can_be_undone() {
+    let (_dir, mut guest, threads) = threaded();
+    let pid = guest.pid;
+    let before = maps(pid);
+    let arena = Arena::new().unwrap();
+    let prepared = Vessel::prepare(threads, &arena).unwrap();
+    assert_ne!(before, maps(pid));
+    let threads = prepared.undo();
+    assert_eq!(threads.len(), 5);
+    assert_eq!(before, maps(pid));
+    for thread in threads {
+        thread.cont(0).unwrap();
+    }
+    send(pid, Signal::SIGUSR1);
+    let status = run_to_end(pid);
+    assert!(matches!(status, Status::Exited(42)), "{status:?}");
+    assert_eq!(guest.output(), "done\n");
+}
+
+#[test]
 fn a_process_with_threads_comes_home() {
     for round in 0..3 {
         let (_dir, mut guest, mut threads) = threaded();

@@ -81,7 +81,9 @@ static void board(void) {
     CHECK(b->ticks[0] > 0);
     EQ(b->turns, 20 * (CHILDREN + 1));
     EQ(b->guarded, 20 * (1 + 2 + 3));
-    named(b, "/dev/zero (deleted)");
+    /* without root, what comes home is called otherwise (README, limits) */
+    if (geteuid() == 0)
+        named(b, "/dev/zero (deleted)");
     say("turns\n");
 }
 

@@ -41,7 +41,8 @@ mod guests {
     use super::*;
 
     guests! {
-        exec_forms, fds, fork_wait, locks, long_paths, memory, pipes, pollers, sessions, sigchld, signals, spawn, storms, tcp,
+        borrowed_memory, exec_forms, fds, fork_wait, locks, long_paths, memory, pipes, pollers, sessions, shared_memory, sigchld,
+        signals, spawn, storms, tcp,
         tempmask, thread_ends, threads, timers, tree, unix_sockets, vfork,
     }
 }

@@ -1,15 +1,18 @@
 //! Building guests, and letting them go.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use linklayer::image::{AreaKind, ProcessImage};
 use linklayer::wire;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use shim::cage::{Cage, CageOptions};
 use shim::ptrace::{self, Status, Target};
+use shim::restore::Backing;
 
 use super::contact::Build;
 use super::guest::{Guest, Thread};
@@ -28,6 +31,7 @@ impl Tracer {
                 format!("{e:#}")
             }
         };
+        self.shared.objects.forget(pid);
         self.shared
             .answer(&answer, &wire::encode(&wire::LaunchReady { refused }));
         Ok(())
@@ -57,15 +61,24 @@ impl Tracer {
         }
         self.await_end(pid)?;
         let cage = self.cage.as_ref().context("cage")?;
-        let mut ids: Vec<u64> = files.keys().copied().collect();
-        ids.sort_unstable();
-        let fds: Vec<_> = ids
+        let objects = self.objects_of(&image);
+        let mut backings: Vec<(Backing, BorrowedFd<'_>)> = files
             .iter()
-            .filter_map(|id| files.get(id))
-            .map(|s| s.fd.as_fd())
+            .map(|(id, stored)| (Backing::File(*id), stored.fd.as_fd()))
+            .chain(
+                objects
+                    .iter()
+                    .map(|(id, file)| (Backing::Shared(*id), file.as_fd())),
+            )
             .collect();
+        backings.sort_unstable_by_key(|(backing, _)| *backing);
+        let fds: Vec<_> = backings.iter().map(|(_, fd)| *fd).collect();
         let blank = cage.spawn_blank(pid, &fds).context("new process in the cage")?;
-        let inside: HashMap<u64, i32> = ids.into_iter().zip(blank.fds_inside.iter().copied()).collect();
+        let inside: HashMap<Backing, i32> = backings
+            .iter()
+            .map(|(backing, _)| *backing)
+            .zip(blank.fds_inside.iter().copied())
+            .collect();
         let options = ptrace::usual_options()
             | ptrace::Options::PTRACE_O_EXITKILL
             | ptrace::Options::PTRACE_O_TRACESECCOMP;
@@ -75,8 +88,9 @@ impl Tracer {
         else {
             anyhow::bail!("the new process died");
         };
-        let mut built = shim::restore::rebuild(stopped, &image, &|id| inside.get(&id).copied(), &pages)
-            .context("rebuilding the process")?;
+        let mut built =
+            shim::restore::rebuild(stopped, &image, &|backing| inside.get(&backing).copied(), &pages)
+                .context("rebuilding the process")?;
         let pid_here = built.pid();
         let installed =
             shim::filter::install(pid_here, false, |nr, args| built.raw(nr, args)).context("filter")?;
@@ -108,6 +122,18 @@ impl Tracer {
         self.built.insert(pid, stopped);
         Pool::start(self.shared.clone(), listener, turn);
         Ok(())
+    }
+
+    /// The shared memory that a process maps, as far as it was announced.
+    fn objects_of(&self, image: &ProcessImage) -> HashMap<u64, Arc<File>> {
+        image
+            .areas
+            .iter()
+            .filter_map(|area| match area.kind {
+                AreaKind::SharedAnon { id, .. } => Some((id, self.shared.objects.file(id)?)),
+                _ => None,
+            })
+            .collect()
     }
 
     /// Makes the threads of a process with several. No other clone may be in the kernel meanwhile: the number of the next

@@ -88,6 +88,15 @@ impl Contact {
                 }
                 entry.pages.push((u64::from_le_bytes(*address), data.to_vec()));
             }
+            Kind::Share => {
+                let share: wire::Share = body(&payload)?;
+                let errno = share_objects(shared, &share);
+                shared.answer(&Answer { lane, header }, &wire::encode(&errno));
+            }
+            Kind::SharedPages => {
+                let (id, offset, data) = wire::shared_pages(&payload).map_err(|e| e.to_string())?;
+                shared.objects.write(id, offset, data)?;
+            }
             Kind::LaunchBuild => {
                 let wire::Pid(pid) = body(&payload)?;
                 let Some(incoming) = self.incoming.lock().remove(&pid) else {
@@ -109,6 +118,7 @@ impl Contact {
             Kind::Discard => {
                 let pid = body::<wire::Pid>(&payload)?.0;
                 self.incoming.lock().remove(&pid);
+                shared.objects.forget(pid);
                 shared.post(Command::Discard(pid));
             }
             Kind::Bring => {
@@ -178,6 +188,21 @@ impl Contact {
             self.shared.answer(&refused, &wire::encode(&body));
         }
     }
+}
+
+/// Makes the memory that a process will share.
+fn share_objects(shared: &Shared, share: &wire::Share) -> wire::Errno {
+    for (object, reserved) in &share.objects {
+        if let Err(e) = shared
+            .objects
+            .announce(object.id, share.pid, object.size, *reserved)
+        {
+            tracing::error!(pid = share.pid, error = %e, "shared memory");
+            shared.objects.forget(share.pid);
+            return wire::Errno(e.raw_os_error().unwrap_or(libc::EPROTO));
+        }
+    }
+    wire::Errno(0)
 }
 
 impl Handler for Contact {

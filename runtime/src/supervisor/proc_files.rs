@@ -141,7 +141,7 @@ fn home_maps(call: &Call, text: &str) -> String {
                 );
                 out.push_str(&format!("{prefix:<73}{}", String::from_utf8_lossy(&file.path)));
             }
-            None => out.push_str(line),
+            None => out.push_str(&line.replace("/memfd:mosrun-shared (deleted)", "/dev/zero (deleted)")),
         }
         out.push('\n');
     }

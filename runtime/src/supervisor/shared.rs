@@ -12,6 +12,7 @@ use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind};
 use nix::sys::eventfd::EventFd;
 use parking_lot::{Mutex, RwLock};
+use shim::shared_memory::Objects;
 
 use super::files::FileStore;
 use super::guest::{Guest, Thread};
@@ -80,6 +81,8 @@ pub struct Shared {
     pub threads: RwLock<HashMap<i32, Arc<Thread>>>,
     /// Home's files.
     pub files: FileStore,
+    /// What processes share that are being built.
+    pub objects: Objects<u64>,
     /// Result cache counters.
     pub cache_hits: AtomicU64,
     /// Calls whose result was not in the cache.
@@ -116,6 +119,7 @@ impl Shared {
             guests: RwLock::default(),
             threads: RwLock::default(),
             files: FileStore::new(file_limit_bytes),
+            objects: Objects::default(),
             cache_hits: AtomicU64::new(0),
             cache_misses: AtomicU64::new(0),
             cache_invalidations: AtomicU64::new(0),

@@ -2,6 +2,7 @@
 
 mod maps;
 mod pages;
+mod shared;
 
 use std::io;
 use std::ops::Range;
@@ -20,6 +21,7 @@ use crate::xstate;
 
 pub use maps::{MapLine, file_id, map_lines, reserved};
 pub use pages::page_runs;
+pub use shared::{SharedObjects, reserves};
 
 /// Why a process could not be described. It is as it was.
 #[derive(Debug, thiserror::Error)]

@@ -41,7 +41,8 @@ const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
 
-/// The ranges of an area whose pages are not as fresh memory or the mapped file would have them.
+/// The ranges of an area whose pages are not as fresh memory or the mapped file would have them; none of memory that is
+/// shared.
 ///
 /// # Errors
 /// The process is gone.
@@ -50,8 +51,8 @@ pub fn page_runs(pid: i32, area: &Area) -> io::Result<Vec<Range<u64>>> {
         return Ok(Vec::new());
     }
     if matches!(area.kind, AreaKind::SharedAnon { .. }) {
-        // What others wrote into it is not in the page tables of this process.
-        return Ok(std::iter::once(area.start..area.end).collect());
+        // It is not of this process alone ([`super::SharedObjects`]).
+        return Ok(Vec::new());
     }
     let map = File::open(format!("/proc/{pid}/pagemap"))?;
     let private_file = matches!(area.kind, AreaKind::File { .. });

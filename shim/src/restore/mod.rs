@@ -233,14 +233,14 @@ pub(crate) fn requeue(
 
 /// Makes the blank process (stopped in a system call's wake, with nothing of value in it) the one of the image, except for its
 /// further threads ([`Rebuilt::start_threads`]) and for what [`Rebuilt::finish_all`] does. `fd_of` gives the descriptor,
-/// inside the blank process, of a file's content.
+/// inside the blank process, of a file's content or of shared memory.
 ///
 /// # Errors
 /// See [`RestoreError`].
 pub fn rebuild(
     stopped: Stopped,
     image: &ProcessImage,
-    fd_of: &dyn Fn(u64) -> Option<i32>,
+    fd_of: &dyn Fn(Backing) -> Option<i32>,
     pages: &[(u64, Vec<u8>)],
 ) -> Result<Rebuilt, RestoreError> {
     let leader = image
@@ -290,7 +290,16 @@ fn batched(what: &'static str, nr: i64, args: [u64; 6]) -> BatchCall {
     BatchCall { what, nr, args }
 }
 
-fn map(area: &Area, fd_of: &dyn Fn(u64) -> Option<i32>) -> Result<BatchCall, RestoreError> {
+/// What an area maps that is not its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Backing {
+    /// The file with this number.
+    File(u64),
+    /// The shared anonymous memory with this id.
+    Shared(u64),
+}
+
+fn map(area: &Area, fd_of: &dyn Fn(Backing) -> Option<i32>) -> Result<BatchCall, RestoreError> {
     let mut flags = libc::MAP_FIXED_NOREPLACE;
     flags |= if area.shared() {
         libc::MAP_SHARED
@@ -309,8 +318,17 @@ fn map(area: &Area, fd_of: &dyn Fn(u64) -> Option<i32>) -> Result<BatchCall, Res
             (-1, 0)
         }
         AreaKind::File { file_id, offset } => {
-            let fd = fd_of(file_id)
+            let fd = fd_of(Backing::File(file_id))
                 .ok_or_else(|| RestoreError::Unsuitable(format!("file {file_id} of an area is not here")))?;
+            (fd, offset)
+        }
+        AreaKind::SharedAnon {
+            id,
+            offset,
+            sysv: false,
+        } => {
+            let fd = fd_of(Backing::Shared(id))
+                .ok_or_else(|| RestoreError::Unsuitable(format!("shared memory {id} is not here")))?;
             (fd, offset)
         }
         _ => {

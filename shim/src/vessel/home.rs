@@ -383,20 +383,36 @@ fn stop(tid: i32, caught: &mut Vec<SigInfo>) -> Result<Stopped, VesselError> {
 fn end_catcher(tid: i32, caught: &mut Vec<SigInfo>) -> Result<(), VesselError> {
     ptrace::interrupt(tid)?;
     loop {
-        let Ok(mut stopped) = ptrace::wait_stop(tid) else {
+        let Ok(stopped) = ptrace::wait_stop(tid) else {
             return Ok(());
         };
         if let Stop::Signal(_) = stopped.stop() {
             caught.push(stopped.siginfo()?);
         }
-        let mut regs = stopped.regs()?;
-        regs.rip = TRAMPOLINE;
-        regs.set_call(libc::SYS_exit as u64, [0; 6]);
-        regs.orig_rax = u64::MAX;
-        stopped.set_regs(&regs)?;
-        stopped.set_sigmask(u64::MAX)?;
-        stopped.cont(0)?;
+        to_exit(stopped)?;
     }
+}
+
+/// The same for a catcher that has not run yet.
+pub(super) fn end_stopped(catcher: Stopped) -> Result<(), VesselError> {
+    let tid = catcher.tid();
+    to_exit(catcher)?;
+    while let Ok(stopped) = ptrace::wait_stop(tid) {
+        to_exit(stopped)?;
+    }
+    Ok(())
+}
+
+/// Sends a thread of a vessel into exit(2).
+fn to_exit(mut stopped: Stopped) -> Result<(), VesselError> {
+    let mut regs = stopped.regs()?;
+    regs.rip = TRAMPOLINE;
+    regs.set_call(libc::SYS_exit as u64, [0; 6]);
+    regs.orig_rax = u64::MAX;
+    stopped.set_regs(&regs)?;
+    stopped.set_sigmask(u64::MAX)?;
+    stopped.cont(0)?;
+    Ok(())
 }
 
 #[cfg(test)]

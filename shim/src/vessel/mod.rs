@@ -103,14 +103,29 @@ impl Vessel {
     /// their pages are dropped, but for those of its arguments and environment, which ps(1) shows. What the threads have
     /// registered with the kernel (rseq, robust list, clear-child-tid address) is unregistered, as it lies in memory that vanishes.
     ///
-    /// Its threads run, or listen for SIGCONT when they were in a group-stop.
+    /// Its threads run, or listen for SIGCONT when they were in a group-stop. Anonymous memory that it shares is emptied: everybody
+    /// who shares it must leave with it.
     ///
     /// # Errors
     /// The process is as it was, and its threads are given back; none when it is dead.
     pub fn convert_all(
-        mut threads: Vec<Stopped>,
+        threads: Vec<Stopped>,
         arena: &Arena,
     ) -> Result<(Vessel, Parts), (Vec<Stopped>, VesselError)> {
+        Vessel::prepare(threads, arena)?
+            .settle()
+            .map_err(|e| (Vec::new(), e))
+    }
+
+    /// The first part of [`Vessel::convert_all`]: everything that can fail while the process is whole. So several can be made
+    /// ready before the first one loses its memory.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn prepare(
+        mut threads: Vec<Stopped>,
+        arena: &Arena,
+    ) -> Result<Prepared, (Vec<Stopped>, VesselError)> {
         let Some(pid) = threads.first().map(Stopped::tid) else {
             return Err((threads, VesselError::Call(RemoteCallError::Ended(0))));
         };
@@ -126,39 +141,24 @@ impl Vessel {
             Ok(calls) => calls,
             Err(e) => return Err((alive(threads, &e), e.into())),
         };
-        let (catcher, actions) = match furnish(&mut leader, pid, arena) {
-            Ok(done) => done,
-            Err(e) => {
-                // Nothing of the process's own was touched yet.
-                leader.move_to(site);
-                let _ = leader.raw(libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0]);
-                let _ = leader.raw(libc::SYS_munmap, [ARENA_ADDRESS, ARENA_LEN as u64, 0, 0, 0, 0]);
-                return match leader.end() {
-                    Ok(stopped) => {
-                        threads[0] = stopped;
-                        Err((threads, e))
-                    }
-                    Err(_) => Err((Vec::new(), e)),
-                };
-            }
-        };
-        let catcher_tid = catcher.tid();
-        // From here on nothing fails but by the death of the process.
-        settle(threads, leader, catcher, pid, &slots)
-            .map_err(|e| (Vec::new(), e))
-            .map(|workers| {
-                let vessel = Vessel {
-                    pid,
-                    catcher: catcher_tid,
-                    memory: pid,
-                };
-                let parts = Parts {
-                    workers: workers.into_iter().zip(slots).collect(),
-                    catcher: catcher_tid,
-                    actions,
-                };
-                (vessel, parts)
-            })
+        match furnish(&mut leader, pid, arena) {
+            Ok((catcher, actions)) => Ok(Prepared {
+                pid,
+                threads,
+                leader,
+                catcher,
+                actions,
+                slots,
+                site,
+            }),
+            Err(e) => match clear(leader, site) {
+                Ok(stopped) => {
+                    threads[0] = stopped;
+                    Err((threads, e))
+                }
+                Err(_) => Err((Vec::new(), e)),
+            },
+        }
     }
 
     /// Makes a vessel of the child that a worker just forked; the child is at its first stop and goes into its slot when
@@ -224,6 +224,64 @@ impl Vessel {
         regs.r13 = 0;
         stopped.set_regs(&regs)
     }
+}
+
+/// A process that can become a vessel or go on as it was. See [`Vessel::prepare`]. Dropping it leaves its threads stopped.
+#[derive(Debug)]
+pub struct Prepared {
+    pid: i32,
+    threads: Vec<Stopped>,
+    leader: RemoteCalls,
+    catcher: Stopped,
+    actions: Vec<SigAction>,
+    slots: Vec<Slot>,
+    site: u64,
+}
+
+impl Prepared {
+    /// The second part of [`Vessel::convert_all`].
+    ///
+    /// # Errors
+    /// The process is dead.
+    pub fn settle(self) -> Result<(Vessel, Parts), VesselError> {
+        let (pid, catcher) = (self.pid, self.catcher.tid());
+        // From here on nothing fails but by the death of the process.
+        let workers = settle(self.threads, self.leader, self.catcher, pid, &self.slots)?;
+        let vessel = Vessel {
+            pid,
+            catcher,
+            memory: pid,
+        };
+        let parts = Parts {
+            workers: workers.into_iter().zip(self.slots).collect(),
+            catcher,
+            actions: self.actions,
+        };
+        Ok((vessel, parts))
+    }
+
+    /// Makes it again what it was. Its threads are given back stopped; none when it is dead. The catcher has ended, as
+    /// [`ptrace::wait`] will report.
+    pub fn undo(mut self) -> Vec<Stopped> {
+        if home::end_stopped(self.catcher).is_err() {
+            return Vec::new();
+        }
+        match clear(self.leader, self.site) {
+            Ok(stopped) => {
+                self.threads[0] = stopped;
+                self.threads
+            }
+            Err(_) => Vec::new(),
+        }
+    }
+}
+
+/// Takes the stub and the arena out of a process that was to be a vessel. Nothing of its own was touched yet.
+fn clear(mut leader: RemoteCalls, site: u64) -> Result<Stopped, RemoteCallError> {
+    leader.move_to(site);
+    leader.raw(libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0])?;
+    leader.raw(libc::SYS_munmap, [ARENA_ADDRESS, ARENA_LEN as u64, 0, 0, 0, 0])?;
+    leader.end()
 }
 
 /// The threads, if the process is alive.
@@ -359,6 +417,7 @@ fn worker_regs(slot: &Slot) -> Regs {
 fn drop_pages(calls: &mut RemoteCalls, pid: i32) -> Result<(), VesselError> {
     let kept = capture::argument_pages(pid)?;
     let mut parts: Vec<Range<u64>> = Vec::new();
+    let mut shared = Vec::new();
     for line in map_lines(pid, false)? {
         let special = matches!(
             line.path.as_slice(),
@@ -366,6 +425,21 @@ fn drop_pages(calls: &mut RemoteCalls, pid: i32) -> Result<(), VesselError> {
         );
         if special || reserved(&line.range) {
             continue;
+        }
+        if line.shares_memory() {
+            // All who share it have left; what they do with it elsewhere comes back as a new object.
+            shared.push(BatchCall {
+                what: "madvise",
+                nr: libc::SYS_madvise,
+                args: [
+                    line.range.start,
+                    line.range.end - line.range.start,
+                    libc::MADV_REMOVE as u64,
+                    0,
+                    0,
+                    0,
+                ],
+            });
         }
         let around = [
             line.range.start..line.range.end.min(kept.start),
@@ -382,6 +456,8 @@ fn drop_pages(calls: &mut RemoteCalls, pid: i32) -> Result<(), VesselError> {
     };
     let calls_made: Vec<BatchCall> = parts.iter().map(advise(MADV_DONTNEED_LOCKED)).collect();
     let results = calls.batch(&calls_made)?;
+    // A read-only view refuses; the memory then stays as long as the view.
+    calls.batch(&shared)?;
     // Before Linux 5.18.
     let refused = parts.iter().zip(results).filter(|(_, ret)| *ret < 0);
     let again: Vec<BatchCall> = refused

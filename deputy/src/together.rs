@@ -1,0 +1,505 @@
+//! Processes that share memory leave home together, all or none.
+//!
+//! Who belongs to a group is found when its first members stand still; whoever is found then is stopped too, until there is
+//! nobody left who could see the memory change. All are built on the node before the first of them loses its memory here.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use anyhow::Context;
+use linklayer::frame::Header;
+use linklayer::image::{AreaKind, ProcessImage};
+use linklayer::quic::Link;
+use linklayer::stay::StayReason;
+use linklayer::wire::{self, FileRef, Kind};
+use shim::capture::SharedObjects;
+use shim::ptrace::{self, Stopped};
+use shim::vessel::Vessel;
+
+use crate::home::Home;
+use crate::outward::{Done, release};
+use crate::process::{Away, Mode, send};
+use crate::shared::{Command, Shared};
+
+/// Processes that are being stopped so as to leave home together.
+pub struct Together {
+    /// Where to.
+    node: u32,
+    /// Who asked, unless the first was to begin there.
+    done: Option<Done>,
+    /// How often it is still tried.
+    tries: u32,
+    members: BTreeSet<i32>,
+    /// Their threads that have stopped.
+    held: HashMap<i32, Stopped>,
+}
+
+/// A group that has been sent: whom and where to.
+pub struct Sent {
+    node: u32,
+    done: Option<Done>,
+    members: Vec<i32>,
+}
+
+/// A process as it is sent.
+struct Member {
+    image: ProcessImage,
+    files: Vec<FileRef>,
+}
+
+impl Home {
+    /// Whether a process whose threads are all stopped, and that looks like this, has to take others with it or shares memory
+    /// of its own.
+    pub(crate) fn shares_memory(&self, pid: i32, image: &ProcessImage) -> bool {
+        let maps_shared = image
+            .areas
+            .iter()
+            .any(|area| matches!(area.kind, AreaKind::SharedAnon { .. }));
+        maps_shared || self.sharers(&BTreeSet::from([pid])).len() > 1
+    }
+
+    /// A process that stands still with all its threads is to leave with those whose memory it shares.
+    pub(crate) fn depart_together(
+        &mut self,
+        first: i32,
+        node: u32,
+        done: Option<Done>,
+        tries: u32,
+        threads: Vec<Stopped>,
+    ) -> anyhow::Result<()> {
+        if let Some(process) = self.processes.get_mut(&first) {
+            process.together = Some(first);
+        }
+        let group = Together {
+            node,
+            done,
+            tries,
+            members: BTreeSet::from([first]),
+            held: threads.into_iter().map(|t| (t.tid(), t)).collect(),
+        };
+        self.together.insert(first, group);
+        self.together_progress(first)
+    }
+
+    /// A thread of a process that leaves with others has stopped.
+    pub(crate) fn held_together(&mut self, first: i32, stopped: Stopped) -> anyhow::Result<()> {
+        match self.together.get_mut(&first) {
+            Some(group) => {
+                group.held.insert(stopped.tid(), stopped);
+                self.together_progress(first)
+            }
+            None => Ok(stopped.cont(0)?),
+        }
+    }
+
+    /// Goes on with a group as far as its members stand still.
+    pub(crate) fn together_progress(&mut self, first: i32) -> anyhow::Result<()> {
+        loop {
+            let Some(group) = self.together.get_mut(&first) else {
+                return Ok(());
+            };
+            let known = &self.processes;
+            group.members.retain(|pid| known.contains_key(pid));
+            if !group.members.contains(&first) {
+                return self.not_together(first, &format!("process {first} has ended"));
+            }
+            if let Some(busy) = group
+                .members
+                .iter()
+                .find(|pid| known.get(pid).is_some_and(|p| p.vforking > 0))
+                .copied()
+            {
+                // Its thread stops only when its child has given the memory back.
+                return self.after_vfork(first, busy);
+            }
+            let running = self
+                .tasks
+                .values()
+                .any(|t| group.members.contains(&t.pid) && !group.held.contains_key(&t.tid));
+            if running {
+                return Ok(());
+            }
+            let members = group.members.clone();
+            let more: Vec<i32> = self.sharers(&members).difference(&members).copied().collect();
+            if more.is_empty() {
+                return self.leave_together(first);
+            }
+            for pid in more {
+                if let Some(why) = self.cannot_join(pid) {
+                    return self.not_together(first, &why);
+                }
+                self.join(first, pid)?;
+            }
+        }
+    }
+
+    /// A member has executed a program: its memory is new and its own. A move that was asked for is made with the new program.
+    pub(crate) fn executed_together(&mut self, pid: i32) {
+        let Some(first) = self.processes.get_mut(&pid).and_then(|p| p.together.take()) else {
+            return;
+        };
+        let Some(group) = self.together.get_mut(&first) else {
+            return;
+        };
+        group.members.remove(&pid);
+        let tasks = &self.tasks;
+        group
+            .held
+            .retain(|tid, _| tasks.get(tid).is_some_and(|t| t.pid != pid));
+        if pid == first {
+            let (node, done) = (group.node, group.done.take());
+            if let Some(done) = done {
+                self.shared.post(Command::Out(pid, node, done, None));
+            }
+        }
+        if let Err(e) = self.together_progress(first) {
+            tracing::error!(error = format!("{e:#}"), "processes that leave");
+        }
+    }
+
+    fn cannot_join(&self, pid: i32) -> Option<String> {
+        let with = "with which it shares memory";
+        let process = self.processes.get(&pid)?;
+        if !matches!(process.mode, Mode::Native) || process.leaving.is_some() || process.breakpoint.is_some()
+        {
+            return Some(format!("process {pid}, {with}, is being moved at this moment"));
+        }
+        if process.together.is_some() {
+            return Some(format!("process {pid}, {with}, is being moved at this moment"));
+        }
+        if self.tasks.values().any(|t| t.pid == pid && t.group_stopped) {
+            return Some(format!("process {pid}, {with}, is stopped; continue it first"));
+        }
+        None
+    }
+
+    fn join(&mut self, first: i32, pid: i32) -> anyhow::Result<()> {
+        if let Some(process) = self.processes.get_mut(&pid) {
+            process.together = Some(first);
+        }
+        if let Some(group) = self.together.get_mut(&first) {
+            group.members.insert(pid);
+        }
+        for task in self.tasks.values().filter(|t| t.pid == pid) {
+            match ptrace::interrupt(task.tid) {
+                Err(e) if !e.is_gone() => return Err(e.into()),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Some processes at home, and all of the job who share memory with one of them.
+    fn sharers(&self, members: &BTreeSet<i32>) -> BTreeSet<i32> {
+        let mut found = members.clone();
+        let others = || {
+            let at_home = |p: &&crate::process::Process| !matches!(p.mode, Mode::Away(_));
+            self.processes.values().filter(at_home).map(|p| p.pid)
+        };
+        let mut objects = HashSet::new();
+        for pid in members {
+            objects.extend(shared_objects(*pid));
+        }
+        for pid in others().filter(|pid| !members.contains(pid)) {
+            let one_memory = || {
+                members
+                    .iter()
+                    .any(|member| shim::process::same_memory(*member, pid) == Some(true))
+            };
+            if one_memory()
+                || (!objects.is_empty() && shared_objects(pid).iter().any(|o| objects.contains(o)))
+            {
+                found.insert(pid);
+            }
+        }
+        found
+    }
+
+    /// It does not come about: everybody goes on at home.
+    fn not_together(&mut self, first: i32, why: &str) -> anyhow::Result<()> {
+        let Some(group) = self.together.remove(&first) else {
+            return Ok(());
+        };
+        tracing::info!(pid = first, why, "stays at home");
+        self.ungroup(group.members.iter().copied());
+        match group.done {
+            Some(done) => {
+                let _ = done.send(Err(format!("process {first} stays at home: {why}")));
+            }
+            None => {
+                if let Some(process) = self.processes.get_mut(&first) {
+                    process.stay = Some(StayReason::NoNode(why.to_string()));
+                }
+                self.publish(first);
+            }
+        }
+        release(group.held.into_values().collect())
+    }
+
+    fn ungroup(&mut self, members: impl Iterator<Item = i32>) {
+        for pid in members {
+            if let Some(process) = self.processes.get_mut(&pid) {
+                process.together = None;
+            }
+        }
+    }
+
+    /// A member waits for the child of a vfork: all go on, and it is tried again when the child has given the memory back.
+    fn after_vfork(&mut self, first: i32, busy: i32) -> anyhow::Result<()> {
+        let Some(group) = self.together.remove(&first) else {
+            return Ok(());
+        };
+        self.ungroup(group.members.iter().copied());
+        if let (Some(done), Some(process)) = (group.done, self.processes.get_mut(&busy)) {
+            process.after_vfork.push((first, group.node, done));
+        }
+        release(group.held.into_values().collect())
+    }
+
+    /// Everybody stands still and nobody is missing: all are described and sent.
+    fn leave_together(&mut self, first: i32) -> anyhow::Result<()> {
+        let Some(group) = self.together.remove(&first) else {
+            return Ok(());
+        };
+        let mut by_process: HashMap<i32, Vec<Stopped>> = HashMap::new();
+        let mut held = group.held;
+        for stopped in held.drain().map(|(_, stopped)| stopped) {
+            let pid = self.tasks.get(&stopped.tid()).map_or(first, |t| t.pid);
+            by_process.entry(pid).or_default().push(stopped);
+        }
+        let mut described = Vec::new();
+        let mut stopped = Vec::new();
+        let mut failed = strangers(&group.members).or_else(|| one_memory(&group.members));
+        for (pid, mut threads) in by_process {
+            threads.sort_by_key(|t| (t.tid() != pid, t.tid()));
+            if failed.is_some() {
+                stopped.push((pid, threads));
+                continue;
+            }
+            let (threads, result) = self.describe(pid, threads);
+            stopped.push((pid, threads));
+            match result {
+                Ok((image, files)) => described.push(Member { image, files }),
+                Err(e) => failed = Some(format!("process {pid}: {e:#}")),
+            }
+        }
+        let tokens = |stopped: Vec<(i32, Vec<Stopped>)>| stopped.into_iter().flat_map(|(_, t)| t).collect();
+        if let Some(why) = failed {
+            let held: Vec<Stopped> = tokens(stopped);
+            let held = held.into_iter().map(|t| (t.tid(), t)).collect();
+            self.together.insert(first, Together { held, ..group });
+            return self.not_together(first, &why);
+        }
+        if described.iter().any(|m| crate::outward::waits(&m.image)) {
+            self.ungroup(group.members.iter().copied());
+            return self.try_again(first, group.node, group.done, group.tries, tokens(stopped));
+        }
+        for (pid, threads) in stopped {
+            if let Some(process) = self.processes.get_mut(&pid) {
+                process.mode = Mode::Launching(threads, group.node);
+            }
+        }
+        let sent = Sent {
+            node: group.node,
+            done: group.done,
+            members: group.members.into_iter().collect(),
+        };
+        let shared = self.shared.clone();
+        crate::contact::spawn("launch", move || {
+            let result = shared.contact(sent.node).and_then(|link| {
+                transfer(&shared, &link, first, described).map_err(|e| format!("{e:#}"))?;
+                Ok(link)
+            });
+            shared.post(Command::TogetherReady(Box::new(sent), result));
+        });
+        Ok(())
+    }
+
+    /// All guests of a group stand ready on their node, or were refused.
+    pub(crate) fn together_ready(&mut self, sent: Sent, result: Result<Link, String>) -> anyhow::Result<()> {
+        let node = sent.node;
+        self.ungroup(sent.members.iter().copied());
+        let mut whole = Vec::new();
+        let mut killed = Vec::new();
+        for pid in &sent.members {
+            let Some(process) = self.processes.get_mut(pid) else {
+                killed.push(*pid);
+                continue;
+            };
+            match std::mem::replace(&mut process.mode, Mode::Native) {
+                Mode::Launching(threads, _) => whole.push((*pid, threads)),
+                other => process.mode = other,
+            }
+        }
+        let link = match result {
+            Ok(link) => link,
+            Err(why) => return self.stay_together(sent, &why, whole),
+        };
+        let discard = |pid: i32| send(&link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
+        killed.into_iter().for_each(discard);
+        let mut prepared = Vec::new();
+        let mut failed = None;
+        let mut unchanged = Vec::new();
+        for (pid, mut threads) in whole {
+            if failed.is_some() {
+                unchanged.push((pid, threads));
+                continue;
+            }
+            crate::vessel::set_options(&mut threads, Home::vessel_options());
+            match Vessel::prepare(threads, &self.arena) {
+                Ok(one) => prepared.push((pid, one)),
+                // Killed: the others leave without it.
+                Err((threads, _)) if threads.is_empty() => discard(pid),
+                Err((threads, e)) => {
+                    failed = Some(format!("process {pid} cannot become a vessel: {e}"));
+                    unchanged.push((pid, threads));
+                }
+            }
+        }
+        if let Some(why) = failed {
+            sent.members.iter().copied().for_each(discard);
+            unchanged.extend(prepared.into_iter().map(|(pid, one)| (pid, one.undo())));
+            return self.stay_together(sent, &why, unchanged);
+        }
+        // From here on there is no way back.
+        let mut gone = Vec::new();
+        for (pid, one) in prepared {
+            match one.settle() {
+                Ok((vessel, parts)) => {
+                    self.furnish(pid, parts);
+                    if let Some(process) = self.processes.get_mut(&pid) {
+                        process.stay = None;
+                        process.how = if sent.done.is_some() {
+                            "asked"
+                        } else {
+                            "placed at exec"
+                        };
+                        process.mode = Mode::Away(Away::new(vessel, node, link.clone()));
+                    }
+                    self.publish(pid);
+                    gone.push(pid);
+                }
+                Err(e) => {
+                    tracing::debug!(pid, error = %e, "killed when it was to leave");
+                    discard(pid);
+                }
+            }
+        }
+        for pid in gone {
+            send(&link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));
+        }
+        if let Some(done) = sent.done {
+            let _ = done.send(Ok(()));
+        }
+        Ok(())
+    }
+
+    fn stay_together(
+        &mut self,
+        sent: Sent,
+        why: &str,
+        whole: Vec<(i32, Vec<Stopped>)>,
+    ) -> anyhow::Result<()> {
+        tracing::warn!(node = sent.node, why, members = ?sent.members, "not moved; they run at home");
+        for (pid, mut threads) in whole {
+            crate::vessel::set_options(&mut threads, Home::options());
+            if let Some(process) = self.processes.get_mut(&pid) {
+                process.stay = Some(StayReason::NoNode(why.to_string()));
+            }
+            self.publish(pid);
+            release(threads)?;
+        }
+        if let Some(done) = sent.done {
+            let _ = done.send(Err(why.to_string()));
+        }
+        Ok(())
+    }
+}
+
+/// The anonymous memory that a process maps shared: device and inode.
+fn shared_objects(pid: i32) -> Vec<(u64, u64)> {
+    shim::capture::map_lines(pid, false)
+        .unwrap_or_default()
+        .into_iter()
+        .filter(|line| line.shares_memory())
+        .map(|line| (line.dev, line.ino))
+        .collect()
+}
+
+/// Says who shares memory with the group and does not belong to the job: a process that was there before the job, or that
+/// cannot be traced.
+fn strangers(members: &BTreeSet<i32>) -> Option<String> {
+    let objects: HashSet<(u64, u64)> = members.iter().flat_map(|pid| shared_objects(*pid)).collect();
+    if objects.is_empty() {
+        return None;
+    }
+    std::fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|pid| !members.contains(pid))
+        .find(|pid| shared_objects(*pid).iter().any(|o| objects.contains(o)))
+        .map(|pid| format!("it shares memory with process {pid}, which is not one of this job"))
+}
+
+/// Says who has one address space with another: such a pair is not built elsewhere.
+fn one_memory(members: &BTreeSet<i32>) -> Option<String> {
+    members.iter().find_map(|one| {
+        let other = members
+            .range(one + 1..)
+            .find(|other| shim::process::same_memory(*one, **other) == Some(true))?;
+        Some(format!(
+            "process {other} has the memory of process {one} (CLONE_VM)"
+        ))
+    })
+}
+
+/// Sends a group and waits until all of it stands ready.
+fn transfer(shared: &Arc<Shared>, link: &Link, first: i32, members: Vec<Member>) -> anyhow::Result<()> {
+    let objects = SharedObjects::of(members.iter().map(|m| (reached_by(&m.image), &m.image)));
+    for member in &members {
+        let pid = member.image.pid;
+        let body = wire::Share {
+            pid,
+            objects: objects
+                .named_by(&member.image)
+                .into_iter()
+                .map(|object| (object, shim::capture::reserves(&member.image, object.id)))
+                .collect(),
+        };
+        let header = Header::new(Kind::Share as u16, pid, link.next_seq());
+        let (_, answer) = link.call(pid as u32, header, &[&wire::encode(&body)])?;
+        let wire::Errno(errno) = wire::decode(&answer)?;
+        let why = nix::errno::Errno::from_raw(errno).desc();
+        anyhow::ensure!(errno == 0, "shared memory there: {why}");
+    }
+    // In front of the first process on its lane, and so before any of them may run.
+    objects
+        .read(&mut |id, offset, data| {
+            let header = Header::new(Kind::SharedPages as u16, first, link.next_seq());
+            let parts = [&id.to_le_bytes()[..], &offset.to_le_bytes(), data];
+            link.send(first as u32, header, &parts)
+                .map_err(std::io::Error::other)
+        })
+        .context("shared memory")?;
+    let mut sent = Vec::new();
+    for member in members {
+        let pid = member.image.pid;
+        sent.push(pid);
+        let mut image = member.image;
+        // What is pending for the process stays pending in the vessel, whose catcher relays it.
+        image.pending.clear();
+        if let Err(e) = crate::launch::transfer(shared, link, pid, image, member.files) {
+            for pid in sent {
+                send(link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
+            }
+            return Err(e.context(format!("process {pid}")));
+        }
+    }
+    Ok(())
+}
+
+fn reached_by(image: &ProcessImage) -> i32 {
+    image.threads.first().map_or(image.pid, |t| t.tid)
+}
