@@ -427,6 +427,7 @@ impl Pending {
                 tid: self.worker.tid,
                 signal,
                 info: info.0.to_vec(),
+                counted: false,
             };
             crate::signals::send(&self.reply.link, self.reply.lane, &body);
         }

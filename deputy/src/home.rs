@@ -171,6 +171,11 @@ impl Home {
                 if sig == nix::libc::SIGTRAP && self.at_entry(pid, &stopped)? {
                     return self.begin_launch(pid, stopped);
                 }
+                let mut stopped = stopped;
+                if self.processes.get(&pid).is_some_and(|p| !p.resent.is_empty()) {
+                    let info = self.siginfo(pid, &stopped)?;
+                    stopped.set_siginfo(&info)?;
+                }
                 stopped.cont(sig)?;
             }
             Stop::Group(_) => {

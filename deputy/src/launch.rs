@@ -41,12 +41,7 @@ impl Home {
         self.tasks.insert(pid, Task::new(pid, pid, Role::Native));
         if let Some((reply, request)) = executing {
             stopped.set_sigmask(request.sigmask)?;
-            // What was pending for the guest stays pending: it is blocked.
-            for signal in (1..=64).filter(|s| request.pending >> (s - 1) & 1 == 1) {
-                if let Err(e) = shim::signal::kill_thread(pid, pid, signal) {
-                    tracing::debug!(pid, signal, error = %e, "pending signal");
-                }
-            }
+            self.resend(pid, former_tid, &request);
             reply.errno(0);
         }
         self.memory_returned(pid);

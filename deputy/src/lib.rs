@@ -12,6 +12,7 @@ mod homeward;
 mod launch;
 mod outward;
 mod process;
+mod resend;
 pub mod shared;
 mod signals;
 mod terminal;

@@ -127,7 +127,7 @@ impl Home {
         let (threads, described) = self.describe(pid, leaving.held);
         let result = described.map_err(|e| format!("process {pid} stays at home: {e:#}"));
         match result {
-            Ok((mut image, files)) => {
+            Ok((image, files)) => {
                 if self.shares_memory(pid, &image) {
                     let done = Some(leaving.done);
                     return self.depart_together(pid, leaving.node, done, leaving.tries, threads);
@@ -135,8 +135,6 @@ impl Home {
                 if waits(&image) {
                     return self.try_again(pid, leaving.node, Some(leaving.done), leaving.tries, threads);
                 }
-                // What is pending for the process stays pending in the vessel, whose catcher relays it.
-                image.pending.clear();
                 process_launch(&self.shared, pid, leaving.node, image, files);
                 if let Some(process) = self.processes.get_mut(&pid) {
                     process.mode = Mode::Launching(threads, leaving.node);

@@ -120,6 +120,8 @@ pub struct Away {
     pub parked: Vec<Stopped>,
     /// The image of a guest on its way home.
     pub coming: Option<Box<wire::Homecoming>>,
+    /// What its guest was sent.
+    pub sent: crate::resend::Sent,
     /// Calls that a terminal may stop.
     pub exposed: crate::terminal::Exposed,
 }
@@ -135,6 +137,7 @@ impl Away {
             continued: false,
             parked: Vec::new(),
             coming: None,
+            sent: crate::resend::Sent::default(),
             exposed: crate::terminal::Exposed::default(),
         }
     }
@@ -170,6 +173,10 @@ pub struct Process {
     pub how: &'static str,
     /// The signal of which its guest died and it is to die.
     pub dying: Option<i32>,
+    /// Signals that were queued for it anew, with the siginfo that they are to have.
+    pub resent: Vec<crate::resend::Resent>,
+    /// Signals that were pending when it was described for another node: they went with it, and its vessel forgets them.
+    pub carried: Vec<linklayer::image::SigInfo>,
     /// Who waits for it to come home.
     pub waiters: Vec<Sender<Result<(), String>>>,
 }
@@ -193,6 +200,8 @@ impl Process {
             stay: None,
             how: "started",
             dying: None,
+            resent: Vec::new(),
+            carried: Vec::new(),
             waiters: Vec::new(),
         }
     }

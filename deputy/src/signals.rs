@@ -59,6 +59,9 @@ impl Home {
         sig: i32,
         mut stopped: Stopped,
     ) -> anyhow::Result<()> {
+        if self.is_carried(pid, &stopped)? {
+            return Ok(stopped.cont(0)?);
+        }
         let process = self.processes.get_mut(&pid).context("process of the vessel")?;
         let default = process
             .actions
@@ -68,7 +71,7 @@ impl Home {
             // The kernel at home does what the signal does by default.
             return Ok(stopped.cont(sig)?);
         }
-        let info = stopped.siginfo()?;
+        let info = self.siginfo(pid, &stopped)?;
         let calls = |w: &std::sync::Arc<calls::Worker>| w.current.lock().is_some();
         // In front of the answer to the call that the signal interrupts.
         let lane = match self.shared.worker(tid).filter(calls) {
@@ -88,8 +91,11 @@ impl Home {
                 tid: if for_thread { tid } else { 0 },
                 signal: sig,
                 info: info.0.to_vec(),
+                counted: true,
             };
-            send(&away.link, lane as u32, &body);
+            if let Some(now) = away.sent.sends(body) {
+                send(&away.link, lane as u32, &now);
+            }
         }
         if [libc::SIGTTIN, libc::SIGTTOU].contains(&sig)
             && let Some(worker) = self.shared.worker(tid)

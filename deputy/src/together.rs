@@ -487,9 +487,7 @@ fn transfer(shared: &Arc<Shared>, link: &Link, first: i32, members: Vec<Member>)
     for member in members {
         let pid = member.image.pid;
         sent.push(pid);
-        let mut image = member.image;
-        // What is pending for the process stays pending in the vessel, whose catcher relays it.
-        image.pending.clear();
+        let image = member.image;
         if let Err(e) = crate::launch::transfer(shared, link, pid, image, member.files) {
             for pid in sent {
                 send(link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));

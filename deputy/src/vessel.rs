@@ -35,10 +35,11 @@ impl Home {
                 .name(f.start, f.end, f.dev, f.ino, f.path)
                 .map_err(|e| format!("{e:#}"))
         });
-        let described = described.map_err(anyhow::Error::from).and_then(|image| {
+        let described = described.map_err(anyhow::Error::from).and_then(|mut image| {
             if let Some(reason) = unmovable(&image) {
                 anyhow::bail!("{reason}");
             }
+            self.carry(&mut image);
             Ok((image, namer.files()))
         });
         (threads, described)
@@ -348,14 +349,22 @@ impl Home {
         if let Some(task) = self.tasks.get_mut(&tid) {
             task.executing = Some((reply, request));
         }
+        if let Some(away) = self.processes.get_mut(&worker.pid).and_then(|p| p.away()) {
+            away.sent.hold();
+        }
         calls::watch_exec(&self.shared, worker);
         Ok(())
     }
 
     pub(crate) fn exec_failed(&mut self, tid: i32, ret: i64) -> anyhow::Result<()> {
-        let Some((reply, _)) = self.tasks.get_mut(&tid).and_then(|t| t.executing.take()) else {
+        let Some(task) = self.tasks.get_mut(&tid) else {
             return Ok(());
         };
+        let pid = task.pid;
+        let Some((reply, _)) = task.executing.take() else {
+            return Ok(());
+        };
+        self.send_held(pid);
         reply.errno(i32::try_from(-ret).unwrap_or(libc::EIO));
         Ok(())
     }

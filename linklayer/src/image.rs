@@ -359,7 +359,8 @@ pub struct SigAction {
 pub struct AltStack {
     /// lowest address
     pub sp: u64,
-    /// SS_DISABLE, SS_AUTODISARM (SS_ONSTACK is derived from the stack pointer)
+    /// SS_DISABLE (also when it was disabled, but not when there never was one), SS_AUTODISARM (SS_ONSTACK is derived from
+    /// the stack pointer)
     pub flags: u32,
     /// bytes
     pub size: u64,

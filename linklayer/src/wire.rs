@@ -248,6 +248,8 @@ pub struct Exec {
     pub sigmask: u64,
     /// Signals pending for the caller or its process (bit n-1 for signal n), which survive an exec.
     pub pending: u64,
+    /// How many of home's counted signals have been queued for the guest; it was given no later ones.
+    pub relayed: u64,
 }
 
 /// How a thread or process ends by itself.
@@ -473,6 +475,8 @@ pub struct Signal {
     pub signal: i32,
     /// The kernel's siginfo, 128 bytes (a Vec because serde's arrays end at 32).
     pub info: Vec<u8>,
+    /// Home counts it, to know at an exec what the guest has got.
+    pub counted: bool,
 }
 
 /// A request to send a process home.

@@ -27,8 +27,8 @@ macro_rules! guests {
 }
 
 guests! {
-    big_transfers, borrowed_memory, clocks, clone3, efault, exec_forms, fds, files, fork_wait, ipc, locks, long_paths, many_fds, memory, pipes,
-    pollers, prctls, proc_self, pty, restart, rlimits, robust, sessions, shared_memory, sigchld, signals, spawn, stack, storms, tcp,
+    big_transfers, borrowed_memory, clocks, clone3, efault, exec_forms, exec_signals, fds, files, fork_wait, ipc, locks, long_paths, many_fds, memory, pipes,
+    pollers, prctls, proc_self, pty, restart, rlimits, robust, sessions, shared_memory, sigchld, signals, sigwait, spawn, stack, storms, tcp,
     tempmask, thread_ends, threads, timers, tree, tty_jobs, unix_sockets, vfork,
 }
 

@@ -37,6 +37,8 @@ pub enum SplitKind {
     ExitGroup,
     /// The kill family: sent by the vessel; a signal to the caller itself is taken before the call returns.
     SignalSend,
+    /// `rt_sigtimedwait`: waits here, stopped on its way out, for the signals that are queued here carry no siginfo of home.
+    SignalWait,
     /// `rt_sigaction`: takes effect here, and home is told so that it knows what is ignored or handled.
     SigAction,
     /// Relative sleeps: run here; their start is recorded so that the rest can be slept elsewhere.

@@ -31,6 +31,11 @@ pub(super) fn keep(thread: &Thread, image: &mut ThreadImage) {
                 image.regs.rdi = at;
             }
         }
+        libc::SYS_rt_sigtimedwait if image.regs.rdx != 0 => {
+            if let Some(at) = shortened(thread, image, image.regs.rdx, elapsed) {
+                image.regs.rdx = at;
+            }
+        }
         libc::SYS_clock_nanosleep if image.regs.rsi & libc::TIMER_ABSTIME as u64 == 0 => {
             if let Some(at) = shortened(thread, image, image.regs.rdx, elapsed) {
                 image.regs.rdx = at;

@@ -50,6 +50,8 @@ pub struct Guest {
     pub leaving: AtomicBool,
     /// Signals and stops that have arrived from home and are not queued for it yet.
     pub incoming: AtomicU32,
+    /// What it has got of home's signals.
+    pub relayed: Mutex<Relayed>,
     /// Overrun counts of the timer signals that it took last, by timer.
     pub overruns: Mutex<LruCache<i32, i32>>,
     /// Threads that have ended or are about to, as the supervisor sees them.
@@ -87,6 +89,7 @@ impl Guest {
             identity: Mutex::new(LruCache::new(capacity)),
             leaving: AtomicBool::new(false),
             incoming: AtomicU32::new(0),
+            relayed: Mutex::default(),
             overruns: Mutex::new(LruCache::new(capacity)),
             ended: Mutex::default(),
             setback: Mutex::new(None),
@@ -131,6 +134,47 @@ impl Guest {
             1 => true,
             _ => false,
         }
+    }
+}
+
+/// Most signals that are kept during an exec.
+const KEPT_MAX: usize = 4096;
+
+/// Signals from home that a guest has got. An exec that succeeds discards the guest: home gives the new program what the
+/// guest has not got, so during an exec it gets nothing more.
+#[derive(Default)]
+pub struct Relayed {
+    count: u64,
+    executing: u32,
+    kept: Vec<linklayer::wire::Signal>,
+}
+
+impl Relayed {
+    /// Whether the signal is to be queued now. To be called with the lock held until it is.
+    pub fn admits(&mut self, signal: &linklayer::wire::Signal) -> bool {
+        if self.executing > 0 {
+            if self.kept.len() < KEPT_MAX {
+                self.kept.push(signal.clone());
+            }
+            return false;
+        }
+        self.count += u64::from(signal.counted);
+        true
+    }
+
+    /// A thread makes an exec. Gives how many signals the guest has got.
+    pub fn begin_exec(&mut self) -> u64 {
+        self.executing += 1;
+        self.count
+    }
+
+    /// The exec has failed. Gives what came meanwhile.
+    pub fn end_exec(&mut self) -> Vec<linklayer::wire::Signal> {
+        self.executing = self.executing.saturating_sub(1);
+        if self.executing > 0 {
+            return Vec::new();
+        }
+        std::mem::take(&mut self.kept)
     }
 }
 

@@ -197,7 +197,9 @@ impl Tracer {
         }
         let mut image = described?;
         image.pid = pid;
+        self.true_pending(guest.outer, &mut image.pending);
         for thread in &mut image.threads {
+            self.true_pending(thread.tid, &mut thread.pending);
             if let Some(own) = self.threads.get(&thread.tid) {
                 super::deadline::keep(&own.thread, thread);
             }

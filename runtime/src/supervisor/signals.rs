@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use linklayer::image::SigInfo;
 use linklayer::memory::GuestMemory;
@@ -12,10 +13,12 @@ use linklayer::wire::{self, Kind};
 use shim::ptrace::Stopped;
 
 use super::guest::{Guest, InCall, SignalStatus, Thread};
-use super::tracer::Tracer;
+use super::tracer::{Hold, RESTARTNOINTR, Tracer};
 
 /// The first token: no program's own values of sigqueue(3) look like it.
 pub(super) const FIRST_TOKEN: u64 = 0x6d6f_7372_0000_0001;
+/// How many signals may be known as queued while none is pending.
+const FIXES_MAX: usize = 256;
 /// Most signals that are kept for children that are not made here yet.
 const EARLY_MAX: usize = 256;
 
@@ -75,6 +78,10 @@ impl Tracer {
             }
             return Ok(());
         };
+        let mut relayed = guest.relayed.lock();
+        if !relayed.admits(signal) {
+            return Ok(());
+        }
         let info = shim::signal::info_from_bytes(&signal.info);
         let target = if signal.tid != 0 {
             self.threads
@@ -103,8 +110,8 @@ impl Tracer {
             & 1
             == 1;
         if let Some(traced) = self.threads.get_mut(&keeper) {
-            if status.pending_thread | status.pending_process == 0 && !traced.fixes.is_empty() {
-                // Taken by sigwaitinfo(2), which makes no stop.
+            if status.pending_thread | status.pending_process == 0 && traced.fixes.len() > FIXES_MAX {
+                // Ignored while they were pending.
                 traced.fixes.clear();
                 traced.thread.queued.store(0, Ordering::Release);
             }
@@ -173,29 +180,86 @@ impl Tracer {
     /// Gives a signal that a thread is about to take the siginfo that it had at home.
     pub(super) fn true_siginfo(&mut self, outer: i32, sig: i32, stopped: &mut Stopped) -> anyhow::Result<()> {
         let info = stopped.siginfo()?;
-        let Some(traced) = self.threads.get_mut(&outer) else {
-            return Ok(());
-        };
-        let guest = traced.thread.guest.clone();
-        let mut found = traced.fixes.iter().position(|f| f.is(sig, &info)).map(|at| {
-            traced.thread.queued.fetch_sub(1, Ordering::AcqRel);
-            traced.fixes.swap_remove(at)
-        });
-        if found.is_none() {
-            // A process-directed signal that was blocked everywhere is kept with the leader.
-            found = self.threads.get_mut(&guest.outer).and_then(|leader| {
-                let at = leader.fixes.iter().position(|f| f.is(sig, &info))?;
-                Some(leader.fixes.swap_remove(at))
-            });
+        if let Some(known) = self.take_fix(outer, |f| f.is(sig, &info))
+            && known != info
+        {
+            stopped.set_siginfo(&known)?;
         }
-        let Some(fix) = found else { return Ok(()) };
+        Ok(())
+    }
+
+    /// What is known of a signal that a thread takes.
+    fn take_fix(&mut self, outer: i32, is: impl Fn(&Fix) -> bool) -> Option<SigInfo> {
+        let traced = self.threads.get_mut(&outer)?;
+        let guest = traced.thread.guest.clone();
+        let own = traced.fixes.iter().position(&is).map(|at| {
+            traced.thread.queued.fetch_sub(1, Ordering::AcqRel);
+            traced.fixes.remove(at)
+        });
+        // A process-directed signal that was blocked everywhere is kept with the leader.
+        let fix = own.or_else(|| {
+            let leader = self.threads.get_mut(&guest.outer)?;
+            let at = leader.fixes.iter().position(&is)?;
+            Some(leader.fixes.remove(at))
+        })?;
         if let Some((id, overrun)) = timer(&fix.info) {
             guest.overruns.lock().put(id, overrun);
         }
-        if fix.info != info {
-            stopped.set_siginfo(&fix.info)?;
+        Some(fix.info)
+    }
+
+    /// A thread is about to wait in rt_sigtimedwait(2), which takes a signal without a signal-delivery-stop.
+    pub(super) fn wait_begins(&mut self, outer: i32, stopped: Stopped) -> anyhow::Result<()> {
+        let Some(traced) = self.threads.get_mut(&outer) else {
+            return Ok(());
+        };
+        traced.waits = Some(stopped.regs()?.rsi);
+        *traced.thread.sleep.lock() = Some((libc::SYS_rt_sigtimedwait as u32, Instant::now()));
+        Ok(stopped.syscall(0)?)
+    }
+
+    /// It has waited: what it took gets its siginfo before the thread can look at it.
+    pub(super) fn wait_ends(&mut self, outer: i32, mut stopped: Stopped) -> anyhow::Result<()> {
+        let mut regs = stopped.regs()?;
+        let Some(traced) = self.threads.get_mut(&outer) else {
+            return Ok(());
+        };
+        let (thread, at) = (traced.thread.clone(), traced.waits.take().unwrap_or(0));
+        let memory = &thread.guest.memory;
+        let sig = regs.rax as i32;
+        let mut bytes = [0; 128];
+        if sig > 0 && at != 0 && memory.read(at, &mut bytes).is_ok() {
+            let info = SigInfo(bytes);
+            if let Some(known) = self.take_fix(outer, |f| f.is(sig, &info)) {
+                // The kernel has written there just now.
+                let _ = memory.write(at, &known.0);
+            }
+        } else if sig > 0 {
+            let _ = self.take_fix(outer, |f| f.signal == sig);
+        } else if regs.rax as i64 == -i64::from(libc::EINTR)
+            && matches!(self.holds.get(&thread.guest.pid), Some(Hold::Home { .. }))
+        {
+            // Interrupted for a capture and by no signal: it is waited again elsewhere.
+            let set = thread.deliverable(None);
+            if !(1..=64).any(|s| set >> (s - 1) & 1 == 1 && !thread.guest.ignores(s)) {
+                regs.rax = RESTARTNOINTR as u64;
+                stopped.set_regs(&regs)?;
+            }
         }
-        Ok(())
+        Ok(stopped.cont(0)?)
+    }
+
+    /// Signals that are pending in an image get the siginfo that they had at home.
+    pub(super) fn true_pending(&self, outer: i32, pending: &mut [SigInfo]) {
+        let Some(traced) = self.threads.get(&outer) else {
+            return;
+        };
+        for info in pending {
+            let signal = i32::from_ne_bytes([info.0[0], info.0[1], info.0[2], info.0[3]]);
+            if let Some(fix) = traced.fixes.iter().find(|f| f.is(signal, info)) {
+                *info = fix.info;
+            }
+        }
     }
 
     fn blocks(&self, thread: &Thread, sig: i32) -> bool {

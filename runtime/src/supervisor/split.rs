@@ -19,6 +19,7 @@ pub(super) fn split(call: &Call, row: &'static Row, kind: SplitKind) -> Result<O
         SplitKind::Mremap => Ok(Outcome::Continue),
         // The filter hands these to the tracer; a notification of one means that the filter is not ours.
         SplitKind::Clone => Ok(Outcome::GoHome("clone that the tracer did not see".into())),
+        SplitKind::SignalWait => Ok(Outcome::GoHome("wait that the tracer did not see".into())),
         SplitKind::Exec => exec(call),
         SplitKind::ExitThread => exit(call, Kind::ExitThread),
         SplitKind::ExitGroup => exit(call, Kind::ExitGroup),
@@ -77,22 +78,28 @@ fn exec(call: &Call) -> Result<Outcome, Outcome> {
         Err(GatherError::GoHome(reason)) => return Ok(Outcome::GoHome(reason.text().into())),
         Err(GatherError::TooBig(_)) => return Ok(Outcome::GoHome(HomeReason::TooBig.text().into())),
     };
+    let guest = &call.thread.guest;
+    let relayed = guest.relayed.lock().begin_exec();
     let status = super::guest::SignalStatus::read(call.thread.outer).unwrap_or_default();
     let mut request = Vec::with_capacity(gathered.request.encoded_len());
     gathered.request.encode(&mut request);
     let body = wire::Exec {
         call: request,
         sigmask: status.blocked,
-        pending: (status.pending_thread | status.pending_process) & status.blocked,
+        pending: status.pending_thread | status.pending_process,
+        relayed,
     };
     // From here on the guest may be removed at any moment, and that is no death.
-    let guest = &call.thread.guest;
     guest.leaving.store(true, Ordering::Release);
     let wire::Errno(errno) = call.ask(Kind::Exec, &wire::encode(&body))?;
     if errno == 0 {
         return Ok(Outcome::Handled);
     }
     guest.leaving.store(false, Ordering::Release);
+    for signal in guest.relayed.lock().end_exec() {
+        let counted = call.shared.arrived(signal.pid);
+        call.shared.post(Command::Signal(signal, counted));
+    }
     Ok(Outcome::Value(-i64::from(errno)))
 }
 
@@ -173,6 +180,7 @@ fn signal_send(call: &Call, row: &'static Row) -> Result<Outcome, Outcome> {
         tid,
         signal: sig,
         info: info.0.to_vec(),
+        counted: false,
     };
     call.shared.post(Command::Signal(body, None));
     // After the signal: it is pending when the call returns.

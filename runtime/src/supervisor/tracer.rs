@@ -77,6 +77,8 @@ pub(super) struct Traced {
     /// It is kept stopped.
     pub(super) held: Option<Stopped>,
     pub(super) cloning: Option<super::clone::Cloning>,
+    /// It waits in rt_sigtimedwait(2), whose siginfo goes there.
+    pub(super) waits: Option<u64>,
     /// It waits in vfork for this child; stopped just after its call.
     pub(super) vfork: Option<(i32, Stopped)>,
 }
@@ -90,6 +92,7 @@ impl Traced {
             suspended: None,
             held: None,
             cloning: None,
+            waits: None,
             vfork: None,
         }
     }
@@ -274,7 +277,11 @@ impl Tracer {
                 self.true_siginfo(outer, sig, &mut stopped)?;
                 stopped.cont(sig)?;
             }
+            Stop::Seccomp(shim::filter::TRACE_WAIT) => self.wait_begins(outer, stopped)?,
             Stop::Seccomp(_) => self.clone_begins(outer, stopped)?,
+            Stop::Syscall if self.threads.get(&outer).is_some_and(|t| t.waits.is_some()) => {
+                self.wait_ends(outer, stopped)?;
+            }
             Stop::Fork(_) | Stop::Vfork(_) | Stop::Clone(_) | Stop::Syscall => {
                 self.clone_proceeds(outer, stopped)?
             }

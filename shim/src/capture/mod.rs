@@ -328,6 +328,15 @@ fn ask(
     }
     calls.move_to(TRAMPOLINE);
     let tid_address = libc::PR_GET_TID_ADDRESS as u64;
+    // A signal stack that never was and one that was disabled read alike. Only the former is "changed" to nothing without
+    // an error (kernel/signal.c, do_sigaltstack).
+    const NOTHING: u64 = SCRATCH + 64;
+    memory
+        .write_forced(NOTHING, &[0; 24])
+        .map_err(|source| RemoteCallError::Memory {
+            tid: calls.tid(),
+            source,
+        })?;
     let results = calls.batch(&[
         BatchCall {
             what: "sigaltstack",
@@ -339,6 +348,11 @@ fn ask(
             nr: libc::SYS_prctl,
             args: [tid_address, SCRATCH + 24, 0, 0, 0, 0],
         },
+        BatchCall {
+            what: "sigaltstack",
+            nr: libc::SYS_sigaltstack,
+            args: [NOTHING, 0, 0, 0, 0, 0],
+        },
     ])?;
     let words = words_at(&memory, 4)?;
     image.altstack = AltStack {
@@ -346,10 +360,13 @@ fn ask(
         flags: words[1] as u32 & !(libc::SS_ONSTACK as u32),
         size: words[2],
     };
+    if image.altstack.size == 0 && results.last() == Some(&0) {
+        image.altstack.flags = 0;
+    }
     image.clear_child_tid = match results[..] {
-        [0, 0] => words[3],
+        [0, 0, _] => words[3],
         // A kernel without CONFIG_CHECKPOINT_RESTORE does not tell.
-        [0, _] => {
+        [0, _, _] => {
             return Err(CaptureError::Unsuitable(
                 "the kernel hides its clear-child-tid addresses".into(),
             ));

@@ -25,6 +25,8 @@ pub use install::{InstallError, Installed, install};
 
 /// Data of SECCOMP_RET_TRACE stops (`ptrace::Stop::Seccomp`) for the clone family.
 pub const TRACE_CLONE: u16 = 1;
+/// ... and for the wait for signals.
+pub const TRACE_WAIT: u16 = 2;
 
 /// Why a filter could not be made.
 #[derive(Debug, Error)]
@@ -62,8 +64,8 @@ pub struct Rules {
     pub allow: Vec<u32>,
     /// Numbers that pass when all conditions of one of the lists hold.
     pub allow_when: BTreeMap<u32, Vec<Vec<Cmp>>>,
-    /// Numbers that give a ptrace stop with [`TRACE_CLONE`].
-    pub trace: Vec<u32>,
+    /// Numbers that give a ptrace stop, with its data: [`TRACE_CLONE`] or [`TRACE_WAIT`].
+    pub trace: BTreeMap<u32, u16>,
     /// Calls of other architectures.
     pub foreign: ForeignArch,
 }
@@ -73,8 +75,13 @@ impl Rules {
     pub fn from_table() -> Rules {
         let mut rules = Rules::default();
         for row in rows() {
-            if row.disposition == Disposition::Split(SplitKind::Clone) {
-                rules.trace.push(row.nr);
+            let trace = match row.disposition {
+                Disposition::Split(SplitKind::Clone) => Some(TRACE_CLONE),
+                Disposition::Split(SplitKind::SignalWait) => Some(TRACE_WAIT),
+                _ => None,
+            };
+            if let Some(data) = trace {
+                rules.trace.insert(row.nr, data);
                 continue;
             }
             match local_rule(row) {
@@ -91,7 +98,7 @@ impl Rules {
 pub fn is_notified(nr: u32) -> bool {
     static RULES: OnceLock<Rules> = OnceLock::new();
     let rules = RULES.get_or_init(Rules::from_table);
-    !rules.allow.contains(&nr) && !rules.trace.contains(&nr)
+    !rules.allow.contains(&nr) && !rules.trace.contains_key(&nr)
 }
 
 /// One instruction of classic BPF (struct sock_filter).
@@ -347,8 +354,8 @@ fn body(rules: &Rules) -> Result<Vec<Instruction>, FilterError> {
     if !context.is_arch_present(ScmpArch::X8664)? {
         context.add_arch(ScmpArch::X8664)?;
     }
-    for nr in &rules.trace {
-        context.add_rule(ScmpAction::Trace(TRACE_CLONE), ScmpSyscall::from(*nr as i32))?;
+    for (nr, data) in &rules.trace {
+        context.add_rule(ScmpAction::Trace(*data), ScmpSyscall::from(*nr as i32))?;
     }
     for (nr, lists) in &rules.allow_when {
         for list in lists {

@@ -62,6 +62,7 @@ fn run(program: &Program, data: &Data) -> (u32, bool) {
 }
 
 const TRACE: u32 = 0x7ff0_0000 | TRACE_CLONE as u32;
+const TRACE_OF_WAIT: u32 = 0x7ff0_0000 | TRACE_WAIT as u32;
 
 fn table() -> Program {
     Program::new(&Rules::from_table(), None).unwrap()
@@ -107,6 +108,7 @@ fn the_filter_agrees_with_the_table() {
                 let expected = match resolve(nr, &args).disposition {
                     Disposition::Local => RET_ALLOW,
                     Disposition::Split(SplitKind::Clone) => TRACE,
+                    Disposition::Split(SplitKind::SignalWait) => TRACE_OF_WAIT,
                     _ => RET_NOTIFY,
                 };
                 let (got, _) = run(&program, &Data::call(nr, args));
@@ -147,7 +149,7 @@ fn other_architectures_do_not_slip_through() {
         for nr in rules
             .allow
             .iter()
-            .chain(&rules.trace)
+            .chain(rules.trace.keys())
             .chain(rules.allow_when.keys())
         {
             let i386 = Data {

@@ -479,12 +479,7 @@ pub(crate) fn register(
     name.resize(15, 0);
     name.push(0);
     let alt = thread.altstack;
-    let alt_flags = if alt.size == 0 {
-        libc::SS_DISABLE as u64
-    } else {
-        u64::from(alt.flags)
-    };
-    name.extend(words(&[alt.sp, alt_flags, alt.size]));
+    name.extend(words(&[alt.sp, u64::from(alt.flags), alt.size]));
     memory.write_forced(SCRATCH, &name)?;
     let (head, _) = thread.robust_list;
     let clear = thread.clear_child_tid;
@@ -493,11 +488,6 @@ pub(crate) fn register(
             "prctl(PR_SET_NAME)",
             libc::SYS_prctl,
             [libc::PR_SET_NAME as u64, SCRATCH, 0, 0, 0, 0],
-        ),
-        batched(
-            "sigaltstack",
-            libc::SYS_sigaltstack,
-            [SCRATCH + 16, 0, 0, 0, 0, 0],
         ),
         batched(
             "set_tid_address",
@@ -515,6 +505,20 @@ pub(crate) fn register(
         batch.push(batched("rseq", libc::SYS_rseq, args));
     }
     calls.batch_all(&batch)?;
+    // "Never had one" can only be confirmed, by a change to nothing.
+    let ret = calls.raw(libc::SYS_sigaltstack, [SCRATCH + 16, 0, 0, 0, 0, 0])?;
+    if ret < 0 && alt.size == 0 {
+        memory.write_forced(SCRATCH + 16, &words(&[0, libc::SS_DISABLE as u64, 0]))?;
+        calls.call(
+            "sigaltstack",
+            libc::SYS_sigaltstack,
+            [SCRATCH + 16, 0, 0, 0, 0, 0],
+        )?;
+    } else if ret < 0 {
+        let errno = nix::errno::Errno::from_raw(-ret as i32);
+        let (what, tid) = ("sigaltstack", calls.tid());
+        return Err(RemoteCallError::Failed { what, tid, errno }.into());
+    }
     Ok(())
 }
 

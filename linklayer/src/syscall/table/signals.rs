@@ -14,7 +14,8 @@ define_rows! {
     34 pause() Local;
     62 kill(pid: PID, sig: SIG) SEND;
     127 rt_sigpending(set: ADDR, sigsetsize: SIZE) Local;
-    128 rt_sigtimedwait(set: ADDR, info: ADDR, timeout: ADDR, sigsetsize: SIZE) Local;
+    128 rt_sigtimedwait(set: ADDR, info: ADDR, timeout: ADDR, sigsetsize: SIZE) Split(SplitKind::SignalWait),
+        note: "Waits at the guest; the siginfo is home's.";
     129 rt_sigqueueinfo(pid: PID, sig: SIG, info: INFO) SEND;
     130 rt_sigsuspend(mask: ADDR, sigsetsize: SIZE) Local;
     131 sigaltstack(ss: ADDR, old_ss: ADDR) Local;
