@@ -319,6 +319,7 @@ impl Home {
             Command::Dies(pid, signal) => self.die_now(pid, signal),
             Command::Interrupt(i) => self.interrupt(i),
             Command::Homecoming(reply, body) => self.homecoming(reply, *body),
+            Command::LaidOut(reply, body, result) => self.laid_out(&reply, *body, result),
             Command::HomeCommit(reply, body) => self.home_commit(reply, &body),
             Command::MoveFailed(m) => self.move_failed(m),
             Command::Action(a) => self.action(a),

@@ -3,14 +3,16 @@
 //! Processes that share memory come together. Each is announced and laid out by itself; one commit makes all of them run.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use anyhow::Context;
 use linklayer::wire;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shim::ptrace::Stopped;
-use shim::vessel::VesselError;
+use shim::vessel::{Vessel, VesselError};
 
+use crate::calls::{self, Worker};
 use crate::home::Home;
 use crate::process::{Mode, Role, Task};
 use crate::shared::{Command, ReplyTo};
@@ -25,7 +27,44 @@ impl Home {
             reply.errno(libc::ESRCH);
             return Ok(());
         }
-        let result = self.prepare_home(&body);
+        match self.prepare_home(&body) {
+            Ok(Some((worker, node))) => {
+                self.lay_out(worker, node, reply, body);
+                Ok(())
+            }
+            Ok(None) => self.laid_out(&reply, body, Ok(())),
+            Err(e) => self.laid_out(&reply, body, Err(e)),
+        }
+    }
+
+    /// Has the vessel take the layout. This waits for the vessel, which may be stopped, and only this thread lets it go on:
+    /// another waits.
+    fn lay_out(&self, worker: Arc<Worker>, node: u32, reply: ReplyTo, body: wire::Homecoming) {
+        let (shared, tid) = (self.shared.clone(), worker.tid);
+        calls::in_turn(&self.shared, tid, move || {
+            crate::contact::spawn("layout", move || {
+                let (files, objects) = (&shared.files, &shared.objects);
+                let adapted = Vessel::adapt_layout(
+                    worker.pid,
+                    &body.image,
+                    &worker.slot,
+                    &|id| files.file(id),
+                    &|id| objects.file((node, id)),
+                );
+                let result = adapted.map_err(anyhow::Error::from);
+                shared.post(Command::LaidOut(reply, Box::new(body), result));
+            });
+        });
+    }
+
+    /// The vessel has the layout of its image, or could not take it.
+    pub(crate) fn laid_out(
+        &mut self,
+        reply: &ReplyTo,
+        body: wire::Homecoming,
+        result: anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let pid = body.image.pid;
         match result {
             Ok(()) => {
                 self.shared.homecoming.lock().insert(pid);
@@ -43,7 +82,9 @@ impl Home {
         }
     }
 
-    fn prepare_home(&mut self, body: &wire::Homecoming) -> anyhow::Result<()> {
+    /// Checks what is announced. Gives the worker that is to make the layout, and the node of its guest; nothing when it is
+    /// made already.
+    fn prepare_home(&mut self, body: &wire::Homecoming) -> anyhow::Result<Option<(Arc<Worker>, u32)>> {
         body.image.validate()?;
         let pid = body.image.pid;
         for thread in &body.image.threads {
@@ -73,7 +114,7 @@ impl Home {
         });
         if laid_out {
             // The memory is one, and its layout was made by whoever was announced first.
-            return Ok(());
+            return Ok(None);
         }
         for object in &body.objects {
             let reserved = shim::capture::reserves(&body.image, object.id);
@@ -95,14 +136,7 @@ impl Home {
             .get(&leader)
             .cloned()
             .context("leader")?;
-        let (files, objects) = (&self.shared.files, &self.shared.objects);
-        let process = self.processes.get_mut(&pid).context("no such process")?;
-        let away = process.away().context("it is at home")?;
-        away.vessel
-            .adapt_layout(&body.image, &worker.slot, &|id| files.file(id), &|id| {
-                objects.file((node, id))
-            })?;
-        Ok(())
+        Ok(Some((worker, node)))
     }
 
     /// All their pages are there: they run at home from now on.

@@ -92,6 +92,8 @@ pub enum Command {
     Interrupt(wire::Interrupt),
     /// A process comes home.
     Homecoming(ReplyTo, Box<wire::Homecoming>),
+    /// Its vessel has the layout, or could not take it.
+    LaidOut(ReplyTo, Box<wire::Homecoming>, anyhow::Result<()>),
     /// The pages of these are all there.
     HomeCommit(ReplyTo, wire::HomeCommit),
     /// It does not come.

@@ -363,14 +363,14 @@ fn a_process_with_threads_comes_home() {
             image.areas.sort_by_key(|a| a.start);
         }
         let files: Vec<_> = captured.files.into_iter().map(Arc::new).collect();
-        vessel
-            .adapt_layout(
-                &image,
-                &workers[0].1,
-                &|id| files.get(id as usize).cloned(),
-                &|_| None,
-            )
-            .unwrap();
+        Vessel::adapt_layout(
+            pid,
+            &image,
+            &workers[0].1,
+            &|id| files.get(id as usize).cloned(),
+            &|_| None,
+        )
+        .unwrap();
         let memory = ProcessMemory::new(pid);
         for (address, bytes) in &captured.pages {
             memory.write_forced(*address, bytes).unwrap();

@@ -69,7 +69,8 @@ int main(void) {
         handle(SIGXCPU, on_limit, 0);
         for (;;)
             if (xcpu) {
-                CHECK(clock() >= CLOCKS_PER_SEC * 9 / 10);
+                /* The limit goes by ticks, which may charge more than was used. */
+                CHECK(clock() >= CLOCKS_PER_SEC / 2);
                 _exit(66);
             }
     }

@@ -361,7 +361,9 @@ impl Tracer {
         traced.thread.answered.store(true, Ordering::Release);
         // Without the interrupt the kernel would hand the raw code to user code.
         ptrace::interrupt(outer)?;
-        let suspend = mask.filter(|(mask, _)| traced.thread.deliverable(Some(*mask)) != 0);
+        // A call that was interrupted before it began is made again, and ends then: natively it looks before it is interrupted.
+        let begun = ret != RESTARTNOINTR;
+        let suspend = mask.filter(|(mask, _)| begun && traced.thread.deliverable(Some(*mask)) != 0);
         match suspend {
             Some((_, address)) => {
                 traced.after = Some(After::Suspend { address, ret });

@@ -31,13 +31,14 @@ enum Change<'a> {
 }
 
 impl Vessel {
-    /// Makes the vessel's areas those of the image. `worker` is one of its idle workers; `file` gives the open file
+    /// Makes the areas of the vessel `pid` those of the image. It waits for the vessel, which may be stopped: not for the thread
+    /// that traces it. `worker` is one of its idle workers; `file` gives the open file
     /// behind a number, `object` the one behind the id of shared anonymous memory, which is mapped anew.
     ///
     /// # Errors
     /// A call that fails. The vessel then still executes calls, and the guest may go on.
     pub fn adapt_layout(
-        &self,
+        pid: i32,
         image: &ProcessImage,
         worker: &Slot,
         file: &dyn Fn(u64) -> Option<Arc<File>>,
@@ -46,8 +47,8 @@ impl Vessel {
         for thread in &image.threads {
             xstate::fits(&thread.xstate, &image.xstate_layout)?;
         }
-        let _raised = Raised::new(self.pid, &[libc::RLIMIT_NOFILE, libc::RLIMIT_AS]);
-        let lines: Vec<MapLine> = map_lines(self.pid, true)?
+        let _raised = Raised::new(pid, &[libc::RLIMIT_NOFILE, libc::RLIMIT_AS]);
+        let lines: Vec<MapLine> = map_lines(pid, true)?
             .into_iter()
             .filter(|l| !reserved(&l.range) && !special(l))
             .collect();
