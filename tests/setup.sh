@@ -10,7 +10,7 @@ building=(ca-certificates curl git gcc g++ make pkg-config libseccomp-dev iprout
 testing=(
     procps psmisc lsof strace util-linux coreutils findutils diffutils gawk sed tar xz-utils bzip2 gzip p7zip-full
     bash perl python3 openssl sqlite3 redis-server redis-tools nodejs golang-go default-jdk-headless tmux less vim-tiny
-    libgomp1 dpkg-dev
+    libgomp1 dpkg-dev qemu-system-x86 busybox-static cpio kmod binutils
 )
 
 missing() {
@@ -57,7 +57,7 @@ source_package() {
     mkdir -p "$apt/lists/partial" "$to/$package"
     local mirror
     mirror=$(grep -rhoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d 2>/dev/null | grep -v snapshot | head -n1 || true)
-    : "${mirror:=http://deb.debian.org/debian}"
+    [ -n "$mirror" ] || { echo "no Debian archive in /etc/apt/sources.list" >&2; return 1; }
     echo "deb-src ${mirror% } bookworm main" > "$apt/sources.list"
     local with=(-o "Dir::Etc::SourceList=$apt/sources.list" -o Dir::Etc::SourceParts=/dev/null
         -o "Dir::State::Lists=$apt/lists" -o APT::Sandbox::User=root)
@@ -67,13 +67,30 @@ source_package() {
     rm -rf "$apt"
 }
 
+have_kernel() {
+    [ -n "$(compgen -G 'target/kernel/boot/vmlinuz-*')" ]
+}
+
+# Debian's kernel for the virtual machine of the tests: unpacked here and not installed.
+other_kernel() {
+    have_kernel && return 0
+    local package
+    package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends:/ {print $2; exit}')
+    mkdir -p target/kernel
+    echo "fetching $package"
+    (cd target/kernel && apt-get -qq -o APT::Sandbox::User=root download "$package")
+    dpkg -x target/kernel/linux-image-*.deb target/kernel
+    rm target/kernel/linux-image-*.deb
+}
+
 if [ "${1:-}" = --check ]; then
     [ "${2:-all}" = build ] || building+=("${testing[@]}")
-    [ -z "$(missing "${building[@]}")" ] && { [ "${2:-all}" = build ] || have_sources; }
+    [ -z "$(missing "${building[@]}")" ] && { [ "${2:-all}" = build ] || { have_sources && have_kernel; }; }
     exit
 fi
 install "${building[@]}"
 if [ "${1:-all}" = all ]; then
     install "${testing[@]}"
     source_package
+    other_kernel
 fi

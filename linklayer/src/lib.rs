@@ -1,5 +1,6 @@
 //! linklayer
 
+pub mod cpu;
 pub mod frame;
 pub mod image;
 pub mod memory;

@@ -209,6 +209,8 @@ pub struct Hello {
     pub refuse_homeward: bool,
     /// Of a deputy: guests see home's CPUs.
     pub topology_of_home: bool,
+    /// Of a deputy: instructions that its programs may use ([`crate::cpu::instructions`]).
+    pub instructions: Vec<String>,
 }
 
 /// An errno, 0 for success.

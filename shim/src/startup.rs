@@ -3,6 +3,8 @@
 //! Rust's start-up code sets SIGPIPE to be ignored and opens `/dev/null` on closed standard descriptors. A launcher
 //! must hand on what it was given, so a function in `.init_array` (run by the C library before `main`) looks first.
 
+use std::ffi::OsStr;
+use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 static RECORD: AtomicU32 = AtomicU32::new(0);
@@ -53,4 +55,20 @@ pub fn restore_inherited() {
             unsafe { libc::close(fd) };
         }
     }
+}
+
+/// Sets a variable in this process's environment, for the program that it is about to execute.
+///
+/// # Errors
+/// When this process has more than one thread: another could be reading the environment.
+pub fn set_variable(name: &str, value: &OsStr) -> io::Result<()> {
+    let threads = std::fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
+    if threads != 1 {
+        return Err(io::Error::other(
+            "the environment cannot be changed: this process has several threads",
+        ));
+    }
+    // SAFETY: no other thread exists that could read or write the environment meanwhile.
+    unsafe { std::env::set_var(name, value) };
+    Ok(())
 }

@@ -15,6 +15,10 @@ const MANAGED: usize = 464;
 /// x87 and SSE, which are in the legacy region.
 const LEGACY: u64 = 3;
 const HIGHEST: u8 = 62;
+/// Rights of protection keys (PKRU), and what Linux gives a program at first: no access but by key 0
+/// (arch/x86/mm/pkeys.c, init_pkru_value).
+const PKRU: u8 = 9;
+const PKRU_AT_FIRST: u32 = 0x5555_5554;
 
 /// Why a state cannot be had on this CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -68,18 +72,35 @@ pub fn convert(
     let mut out = vec![0; sample.len()];
     out[..MANAGED].copy_from_slice(&state[..MANAGED]);
     out[MANAGED..IN_USE].copy_from_slice(&sample[MANAGED..IN_USE]);
-    out[IN_USE..IN_USE + 8].copy_from_slice(&in_use.to_le_bytes());
+    let mut kept = in_use;
     for number in (0..64).filter(|n| in_use & !LEGACY & 1 << n != 0) {
         let find = |layout: &[XstateComponent]| layout.iter().copied().find(|c| c.number == number);
         let source = find(from).ok_or(XstateError::Malformed)?;
         let range = |c: XstateComponent| c.offset as usize..c.offset as usize + c.size as usize;
         let bytes = state.get(range(source)).ok_or(XstateError::Malformed)?;
         let target = find(to).filter(|t| t.size == source.size && managed & 1 << number != 0);
-        let target = target
-            .and_then(|t| out.get_mut(range(t)))
-            .ok_or(XstateError::Missing(number))?;
-        target.copy_from_slice(bytes);
+        match target.and_then(|t| out.get_mut(range(t))) {
+            Some(target) => target.copy_from_slice(bytes),
+            // A processor may call a component used that is as it was at first, which is all zeros (Intel SDM volume 1, 13.6).
+            None if bytes.iter().all(|b| *b == 0) => kept &= !(1 << number),
+            // Memory with other keys than 0 does not leave home, so that there is nothing that this could forbid.
+            None if number == PKRU && bytes.starts_with(&PKRU_AT_FIRST.to_le_bytes()) => {
+                kept &= !(1 << number)
+            }
+            None => return Err(XstateError::Missing(number)),
+        }
     }
+    let rights = |layout: &[XstateComponent]| layout.iter().copied().find(|c| c.number == PKRU);
+    if let (None, Some(target)) = (rights(from), rights(to))
+        && managed & 1 << PKRU != 0
+    {
+        // It comes from where there is no such register.
+        let at = target.offset as usize;
+        let place = out.get_mut(at..at + 4).ok_or(XstateError::Malformed)?;
+        place.copy_from_slice(&PKRU_AT_FIRST.to_le_bytes());
+        kept |= 1 << PKRU;
+    }
+    out[IN_USE..IN_USE + 8].copy_from_slice(&kept.to_le_bytes());
     Ok(out)
 }
 
@@ -133,8 +154,33 @@ mod tests {
         assert_eq!((word(&out, IN_USE), word(&out, MANAGED)), (0x205, 0x2e7));
         // And back, unless something is in use that is not there.
         assert_eq!(convert(&out, &to, &from, &source).unwrap()[..840], source[..]);
-        let more = state(2696, 0x20, 0x2e7);
+        let mut more = state(2696, 0x20, 0x2e7);
+        more[832] = 1;
         assert_eq!(convert(&more, &to, &from, &source), Err(XstateError::Missing(5)));
+        // What is as it was at first is nothing that could be missed.
+        more[832] = 0;
+        let out = convert(&more, &to, &from, &source).unwrap();
+        assert_eq!((out.len(), word(&out, IN_USE)), (840, 0));
+    }
+
+    #[test]
+    fn rights_of_protection_keys_are_what_linux_gives_at_first() {
+        let (without, with) = (
+            [component(2, 576, 256)],
+            [component(2, 576, 256), component(9, 832, 8)],
+        );
+        let (small, large) = (state(832, 0, 7), state(840, 0, 0x207));
+        let there = convert(&small, &without, &with, &large).unwrap();
+        assert_eq!(word(&there, IN_USE), 0x200);
+        assert_eq!(there[832..836], PKRU_AT_FIRST.to_le_bytes());
+        let back = convert(&there, &with, &without, &small).unwrap();
+        assert_eq!((back.len(), word(&back, IN_USE)), (832, 0));
+        let mut own = there;
+        own[832] = 0;
+        assert_eq!(
+            convert(&own, &with, &without, &small),
+            Err(XstateError::Missing(9))
+        );
     }
 
     #[test]
@@ -152,7 +198,7 @@ mod tests {
             Err(XstateError::Malformed)
         );
         assert_eq!(
-            convert(&state(832, 4, 7), &to, &wide, &sample),
+            convert(&[&state(576, 4, 7)[..], &[1; 256]].concat(), &to, &wide, &sample),
             Err(XstateError::Missing(2))
         );
     }

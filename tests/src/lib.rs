@@ -10,3 +10,4 @@ pub mod lab;
 pub mod running;
 pub mod skip;
 pub mod terminal;
+pub mod vm;

@@ -17,6 +17,8 @@ pub enum Skip {
     NoProgram(String),
     /// The source package for the compiler tests was not fetched (`tests/setup.sh` does).
     NoSources,
+    /// The other kernel was not fetched (`tests/setup.sh` does).
+    NoKernel,
     /// The kernel, or the machine, lacks something.
     Kernel(String),
 }
@@ -26,6 +28,7 @@ impl fmt::Display for Skip {
         match self {
             Self::NotRoot => write!(f, "not root"),
             Self::NoProgram(name) => write!(f, "{name} is not installed (tests/setup.sh)"),
+            Self::NoKernel => write!(f, "target/kernel is missing (tests/setup.sh)"),
             Self::NoSources => write!(f, "target/sources is missing (tests/setup.sh)"),
             Self::Kernel(what) => write!(f, "this kernel or machine: {what}"),
         }

@@ -21,6 +21,16 @@ pub enum Topology {
     Node,
 }
 
+/// What processors a program may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Cpu {
+    /// All that home's can do; it runs on nodes that can do as much.
+    #[default]
+    Home,
+    /// What all can do: the C library is told so (GLIBC_TUNABLES), for programs that leave the choice to it.
+    Baseline,
+}
+
 /// Run a program that may run on any node of the cluster, and stays a process of this one for everybody who looks.
 ///
 /// Without an option, and with -b, the program starts on the least loaded node that answers, this one included; without a
@@ -98,6 +108,10 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Topology::Node, value_name = "WHOSE")]
     pub topology: Topology,
 
+    /// Instructions that the program may use: those of home's processor, or those that all processors have
+    #[arg(long, value_enum, default_value_t = Cpu::Home, value_name = "WHICH")]
+    pub cpu: Cpu,
+
     /// Print help
     #[arg(long, action = ArgAction::Help)]
     pub help: Option<bool>,
@@ -144,7 +158,7 @@ impl Args {
 /// Short options that take a value.
 const SHORT_WITH_VALUE: &[u8] = b"rj";
 /// Long options that take one.
-const LONG_WITH_VALUE: &[&str] = &["--number", "--log", "--topology"];
+const LONG_WITH_VALUE: &[&str] = &["--number", "--log", "--topology", "--cpu"];
 
 /// Rewrites `-2` as `--number=2`, and puts `--` before the program.
 fn normalise(argv: Vec<OsString>) -> Vec<OsString> {
@@ -242,6 +256,7 @@ mod tests {
         let args = parse("--log f --topology home -FLw prog").unwrap();
         assert!(args.fallback && args.lock && args.warn && !args.error);
         assert_eq!((args.log, args.topology), (Some("f".into()), Topology::Home));
+        assert_eq!(parse("--cpu baseline p").unwrap().cpu, Cpu::Baseline);
         let odd = OsString::from(OsStr::from_bytes(b"-\xff"));
         let args = Args::parse_args(["mosrun".into(), "p".into(), odd.clone()]).unwrap();
         assert_eq!(args.command[1], odd);
@@ -262,6 +277,7 @@ mod tests {
             "--bogus true",
             "-Q true",
             "--topology mars true",
+            "--cpu z80 true",
             "-99999999999 true",
             "-v",
             "--",

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use deputy::{Cluster, Deputy, Shared};
+use linklayer::cpu;
 use linklayer::frame::Header;
 use linklayer::quic::{Fingerprint, Handler, Link, OneTimeKey, Options};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind};
 use parking_lot::Mutex;
 
-use crate::cli::mosrun::{Args, Topology};
+use crate::cli::mosrun::{Args, Cpu, Topology};
 use crate::cluster::state::{NodeState, NodeStatus};
 use crate::control::{Client, SupervisorRequest};
 use crate::job_id::JobId;
@@ -196,6 +197,7 @@ fn attach(args: &Args, program: i32) -> anyhow::Result<Attached> {
         key: OneTimeKey::generate()?,
         refuse_homeward: args.error,
         topology_of_home: args.topology == Topology::Home,
+        instructions: instructions(args.cpu),
         state: Mutex::new(Known {
             nodes,
             at: Instant::now(),
@@ -242,6 +244,7 @@ pub(super) fn adopt(pid: i32) -> anyhow::Result<(Ready, Vec<deputy::LeftOut>)> {
         key: OneTimeKey::generate()?,
         refuse_homeward: false,
         topology_of_home: false,
+        instructions: instructions(Cpu::Home),
         state: Mutex::new(Known {
             nodes,
             at: Instant::now(),
@@ -264,6 +267,15 @@ fn stays_here(args: &Args, why: &dyn std::fmt::Display) -> Attached {
     Attached::No((args.fallback && !said).then_some(notice))
 }
 
+/// What programs that are started here may execute.
+fn instructions(which: Cpu) -> Vec<String> {
+    let here = cpu::instructions(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
+    match which {
+        Cpu::Home => here,
+        Cpu::Baseline => cpu::baseline(&here),
+    }
+}
+
 struct Known {
     nodes: Vec<NodeState>,
     at: Instant,
@@ -281,6 +293,8 @@ struct Placer {
     refuse_homeward: bool,
     /// --topology=home.
     topology_of_home: bool,
+    /// What its programs may execute.
+    instructions: Vec<String>,
     state: Mutex<Known>,
 }
 
@@ -329,6 +343,7 @@ impl Cluster for Placer {
                 node: self.home,
                 refuse_homeward: self.refuse_homeward,
                 topology_of_home: self.topology_of_home,
+                instructions: self.instructions.clone(),
             });
             link.send(0, Header::new(Kind::Hello as u16, 0, link.next_seq()), &[&hello])?;
             Ok(link)

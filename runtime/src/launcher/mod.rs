@@ -17,8 +17,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
+use linklayer::cpu::GLIBC_BASELINE;
 
-use crate::cli::mosrun::Args;
+use crate::cli::mosrun::{Args, Cpu};
 
 /// Exit status when the program was not started.
 const NOT_STARTED: u8 = 125;
@@ -26,6 +27,9 @@ const NOT_STARTED: u8 = 125;
 const NOT_EXECUTABLE: u8 = 126;
 /// ... because there is no such program.
 const NOT_FOUND: u8 = 127;
+
+/// The environment variable with switches of the C library (ld.so(8)).
+const TUNABLES: &str = "GLIBC_TUNABLES";
 
 /// What the deputy tells the process that is about to become the program.
 enum Verdict {
@@ -45,6 +49,11 @@ pub fn main() -> ExitCode {
         Ok(Verdict::Alone(Some(notice))) => eprintln!("mosrun: {notice}"),
         Ok(Verdict::Failed(why)) => return complain(&why, NOT_STARTED),
         Err(e) => return complain(&format!("{e:#}"), NOT_STARTED),
+    }
+    if args.cpu == Cpu::Baseline
+        && let Err(e) = tell_c_library()
+    {
+        return complain(&e.to_string(), NOT_STARTED);
     }
     let errno = execute(&args.command);
     let program = args.program().to_string_lossy();
@@ -111,6 +120,16 @@ fn gains_privileges(program: &OsStr) -> bool {
         .map(|c| Path::new(OsStr::from_bytes(c.as_bytes())))
         .find_map(|path| Some((path, path.metadata().ok().filter(Metadata::is_file)?)))
         .is_some_and(|(path, meta)| shim::privileges::grants(path, &meta, uid.as_raw(), gid.as_raw()))
+}
+
+/// Keeps the C library of the program and its descendants from choosing instructions that not all processors have.
+fn tell_c_library() -> std::io::Result<()> {
+    let mut value = std::env::var_os(TUNABLES).unwrap_or_default();
+    if !value.is_empty() {
+        value.push(":");
+    }
+    value.push(GLIBC_BASELINE);
+    shim::startup::set_variable(TUNABLES, &value)
 }
 
 /// Replaces this process by the program, with everything the shell gave it.

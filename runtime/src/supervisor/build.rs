@@ -59,6 +59,11 @@ impl Tracer {
             };
             self.cage = Some(Cage::new(options).context("cage")?);
         }
+        let lacks = self.shared.lacks.get().map_or("", String::as_str);
+        anyhow::ensure!(
+            lacks.is_empty(),
+            "the program may use instructions that this node's processor lacks: {lacks} (mosrun --cpu baseline keeps it from that)"
+        );
         self.await_end(pid)?;
         let cage = self.cage.as_ref().context("cage")?;
         let objects = self.objects_of(&image);

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use linklayer::cpu;
 use linklayer::frame::Header;
 use linklayer::image::Clocks;
 use linklayer::quic::{Handler, Link, LinkError};
@@ -137,6 +138,12 @@ impl Contact {
                 shared
                     .topology_of_home
                     .store(hello.topology_of_home, Ordering::Release);
+                if hello.instructions.len() > cpu::MAX_FLAGS {
+                    return Err("more instruction sets than there are".into());
+                }
+                let here = cpu::instructions(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
+                let lacks = cpu::missing(&hello.instructions, &here).join(", ");
+                let _ = shared.lacks.set(lacks);
                 shared
                     .refuse_homeward
                     .store(hello.refuse_homeward, Ordering::Release);

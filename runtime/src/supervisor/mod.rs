@@ -117,6 +117,7 @@ fn contact(config: SupervisorConfig, starter: starter::Starter) -> anyhow::Resul
         node: config.node,
         refuse_homeward: false,
         topology_of_home: false,
+        instructions: Vec::new(),
     });
     link.send(0, Header::new(Kind::Hello as u16, 0, link.next_seq()), &[&hello])?;
     usage::start(shared.clone())?;

@@ -93,6 +93,8 @@ pub struct Shared {
     pub uid: u32,
     /// Show the guests home's CPUs instead of this node's.
     pub topology_of_home: AtomicBool,
+    /// Instructions that the job's programs may use and that this node's processor lacks.
+    pub lacks: OnceLock<String>,
     /// Calls that only home can execute fail with ENOSYS.
     pub refuse_homeward: AtomicBool,
     ahead: Mutex<Option<Clocks>>,
@@ -124,6 +126,7 @@ impl Shared {
             cache_misses: AtomicU64::new(0),
             cache_invalidations: AtomicU64::new(0),
             topology_of_home: AtomicBool::new(false),
+            lacks: OnceLock::new(),
             refuse_homeward: AtomicBool::new(false),
             ahead: Mutex::new(None),
         }
