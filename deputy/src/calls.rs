@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -29,6 +29,8 @@ pub struct Worker {
     pub slot: Slot,
     /// Sequence number of the call in progress.
     pub current: Mutex<Option<u64>>,
+    /// Sequence number of the last call that was to be interrupted: it may come after that was asked.
+    pub early: AtomicU64,
     /// What is made in the slot without being a call of the guest's.
     aside: Mutex<AsideState>,
 }
@@ -50,6 +52,7 @@ impl Worker {
             pid,
             slot,
             current: Mutex::new(None),
+            early: AtomicU64::new(0),
             aside: Mutex::default(),
         }
     }
@@ -125,8 +128,9 @@ fn begin_now(shared: &Arc<Shared>, worker: &Arc<Worker>, reply: ReplyTo, payload
     let after = After::of(shared, &worker, nr, &args);
     *worker.current.lock() = Some(reply.header.seq);
     let terminal = syscall::terminal_use(nr, &args);
-    let interrupt = reply.header.flags & wire::INTERRUPT_AT_ONCE != 0;
     let seq = reply.header.seq;
+    let interrupt =
+        reply.header.flags & wire::INTERRUPT_AT_ONCE != 0 || worker.early.load(Ordering::Acquire) == seq;
     let patience = match blocking {
         _ if interrupt => INLINE_WAIT,
         Blocking::Never => INLINE_WAIT,

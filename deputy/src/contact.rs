@@ -4,6 +4,7 @@
 //! what waits is handed to a thread of its own; what needs ptrace is handed to the tracer thread.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use linklayer::frame::Header;
 use linklayer::quic::{Handler, Link, LinkError};
@@ -44,7 +45,14 @@ impl Contact {
                 self.post_in_turn(Command::ExitGroup(reply.clone(), code), &reply);
             }
             Kind::Died => shared.post(Command::Died(body(&payload)?)),
-            Kind::Interrupt => shared.post(Command::Interrupt(body(&payload)?)),
+            Kind::Interrupt => {
+                let request: wire::Interrupt = body(&payload)?;
+                if let Some(worker) = shared.worker(request.tid) {
+                    // The call itself may still be on its way.
+                    worker.early.store(request.seq, Ordering::Release);
+                }
+                shared.post(Command::Interrupt(request));
+            }
             Kind::Clock => reply.send(&[&wire::encode(&shim::capture::clocks())]),
             Kind::FileRead => {
                 let r: wire::FileRead = body(&payload)?;
@@ -70,15 +78,22 @@ impl Contact {
             }
             Kind::Homecoming => shared.post(Command::Homecoming(reply, Box::new(body(&payload)?))),
             Kind::HomeCommit => shared.post(Command::HomeCommit(reply, body(&payload)?)),
-            Kind::Pages => {
-                let Some((address, data)) = payload.split_first_chunk::<8>() else {
-                    return Err("pages without an address".into());
-                };
-                self.write_pages(reply.header.tid, u64::from_le_bytes(*address), data)?;
+            Kind::Pages | Kind::PackedPages => {
+                let piece = linklayer::pages::decode(kind, &payload).map_err(|e| e.to_string())?;
+                self.write_pages(reply.header.tid, piece.address, &piece.data)?;
             }
             Kind::SharedPages => {
                 let (id, offset, data) = wire::shared_pages(&payload).map_err(|e| e.to_string())?;
                 shared.objects.write((self.node, id), offset, data)?;
+            }
+            Kind::KeepBack => shared.post(Command::KeepBack(reply, body::<wire::Pid>(&payload)?.0)),
+            Kind::Moved => shared.post(Command::Moved(reply, self.node, Box::new(body(&payload)?))),
+            Kind::Progress => {
+                let progress: wire::Progress = body(&payload)?;
+                // Only of those that there are, so that a supervisor cannot fill our memory.
+                if shared.table.lock().contains_key(&progress.pid) {
+                    shared.progress.lock().insert(progress.pid, progress);
+                }
             }
             Kind::Action => {
                 let action: wire::Action = body(&payload)?;

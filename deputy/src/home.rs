@@ -15,6 +15,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use shim::ptrace::{self, Status, Stop, Stopped, Target};
 
+use crate::outward::Leaving;
 use crate::process::{Mode, Process, Role, Task};
 use crate::shared::{Command, Shared};
 
@@ -188,7 +189,7 @@ impl Home {
                 if let Some(task) = self.tasks.get_mut(&tid) {
                     task.group_stopped = false;
                 }
-                self.held_for_leaving(pid, stopped)?;
+                self.held(pid, stopped)?;
             }
             Stop::VforkDone(_) => {
                 self.vfork_done(pid);
@@ -214,11 +215,9 @@ impl Home {
         let owner = tgid_of(child).unwrap_or(child);
         if owner == parent {
             self.tasks.insert(child, Task::new(child, parent, Role::Native));
-            if self
-                .processes
-                .get(&parent)
-                .is_some_and(|p| p.leaving.is_some() || p.together.is_some())
-            {
+            if self.processes.get(&parent).is_some_and(|p| {
+                p.frozen || p.together.is_some() || p.leaving.as_ref().is_some_and(Leaving::stops)
+            }) {
                 // Its first stop may be over already.
                 let _ = ptrace::interrupt(child);
             }
@@ -275,8 +274,8 @@ impl Home {
         };
         process.vforking = process.vforking.saturating_sub(1);
         if process.vforking == 0 {
-            for (pid, node, done) in process.after_vfork.drain(..) {
-                self.shared.post(Command::Out(pid, node, done, None));
+            for (pid, wish) in process.after_vfork.drain(..) {
+                self.shared.post(Command::Out(pid, Box::new(wish)));
             }
         }
     }
@@ -284,14 +283,15 @@ impl Home {
     /// Takes a process out of the job.
     pub(crate) fn forget(&mut self, pid: i32) {
         if let Some(mut process) = self.processes.remove(&pid) {
-            for (pid, node, done) in process.after_vfork.drain(..) {
-                self.shared.post(Command::Out(pid, node, done, None));
+            for (pid, wish) in process.after_vfork.drain(..) {
+                self.shared.post(Command::Out(pid, Box::new(wish)));
             }
             process.discard_guest();
             process.fail_waiters("the process has ended");
         }
         self.shared.table.lock().remove(&pid);
         self.shared.homecoming.lock().remove(&pid);
+        self.shared.progress.lock().remove(&pid);
         self.shared.objects.forget(pid);
         self.memory_returned(pid);
         self.shared.catchers.write().remove(&pid);
@@ -323,7 +323,13 @@ impl Home {
             Command::HomeCommit(reply, body) => self.home_commit(reply, &body),
             Command::MoveFailed(m) => self.move_failed(m),
             Command::Action(a) => self.action(a),
-            Command::Out(pid, node, done, tries) => self.send_out(pid, node, done, tries),
+            Command::Out(pid, wish) => self.send_out(pid, *wish),
+            Command::Depart(pid, ready) => self.depart(pid, ready),
+            Command::Track(pid, done) => self.track(pid, done),
+            Command::HopReady(pid, ready) => self.hop_ready(pid, ready),
+            Command::Moved(reply, from, moved) => self.moved(reply, from, *moved),
+            Command::KeepBack(reply, pid) => self.keep_back(reply, pid),
+            Command::Freeze(pid, stop, done) => self.freeze(pid, stop, &done),
             Command::Bring(pid, reason, done) => self.bring(pid, reason, done),
             Command::Release(done) => self.release_job(done),
             Command::Settle(pending, ret) => self.settle(*pending, ret),

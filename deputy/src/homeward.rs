@@ -2,18 +2,22 @@
 //!
 //! Processes that share memory come together. Each is announced and laid out by itself; one commit makes all of them run.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use linklayer::wire;
+use linklayer::image::ProcessImage;
+use linklayer::wire::{self, Times};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use shim::ptrace::Stopped;
+use shim::ptrace::{Stop, Stopped};
 use shim::vessel::{Vessel, VesselError};
 
 use crate::calls::{self, Worker};
 use crate::home::Home;
+use crate::hop::Hop;
+use crate::kept::Kept;
 use crate::process::{Mode, Role, Task};
 use crate::shared::{Command, ReplyTo};
 
@@ -32,7 +36,7 @@ impl Home {
                 self.lay_out(worker, node, reply, body);
                 Ok(())
             }
-            Ok(None) => self.laid_out(&reply, body, Ok(())),
+            Ok(None) => self.laid_out(&reply, body, Ok(Duration::ZERO)),
             Err(e) => self.laid_out(&reply, body, Err(e)),
         }
     }
@@ -40,6 +44,7 @@ impl Home {
     /// Has the vessel take the layout. This waits for the vessel, which may be stopped, and only this thread lets it go on:
     /// another waits.
     fn lay_out(&self, worker: Arc<Worker>, node: u32, reply: ReplyTo, body: wire::Homecoming) {
+        let begun = Instant::now();
         let (shared, tid) = (self.shared.clone(), worker.tid);
         calls::in_turn(&self.shared, tid, move || {
             crate::contact::spawn("layout", move || {
@@ -51,25 +56,25 @@ impl Home {
                     &|id| files.file(id),
                     &|id| objects.file((node, id)),
                 );
-                let result = adapted.map_err(anyhow::Error::from);
+                let result = adapted.map(|()| begun.elapsed()).map_err(anyhow::Error::from);
                 shared.post(Command::LaidOut(reply, Box::new(body), result));
             });
         });
     }
 
-    /// The vessel has the layout of its image, or could not take it.
+    /// The vessel has the layout of its image, for which it took some time, or could not take it.
     pub(crate) fn laid_out(
         &mut self,
         reply: &ReplyTo,
         body: wire::Homecoming,
-        result: anyhow::Result<()>,
+        result: anyhow::Result<Duration>,
     ) -> anyhow::Result<()> {
         let pid = body.image.pid;
         match result {
-            Ok(()) => {
+            Ok(took) => {
                 self.shared.homecoming.lock().insert(pid);
                 if let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) {
-                    away.coming = Some(Box::new(body));
+                    away.coming = Some((Box::new(body), took));
                 }
                 reply.errno(0);
                 Ok(())
@@ -174,6 +179,8 @@ impl Home {
         if let Some(left) = left {
             anyhow::bail!("process {} has the same memory and does not come", left.pid);
         }
+        let begun = Instant::now();
+        let mut layouts = HashMap::new();
         let mut vessels = Vec::new();
         for pid in group {
             self.shared.homecoming.lock().remove(pid);
@@ -182,10 +189,14 @@ impl Home {
             let Some(process) = self.processes.get_mut(pid) else {
                 continue;
             };
-            let Mode::Away(away) = std::mem::replace(&mut process.mode, Mode::Native) else {
+            let Mode::Away(mut away) = std::mem::replace(&mut process.mode, Mode::Native) else {
                 continue;
             };
-            if let Some(coming) = away.coming {
+            if let Some((mut coming, layout_took)) = away.coming {
+                if let Some(kept) = away.kept.take() {
+                    add_kept(&mut coming.image, kept);
+                }
+                layouts.insert(*pid, layout_took);
                 vessels.push((away.vessel, coming));
             }
         }
@@ -219,7 +230,12 @@ impl Home {
             }
         }
         for body in coming {
-            self.came_home(body.image.pid, body.reason);
+            let times = Times {
+                restore_us: layouts.get(&body.image.pid).map_or(0, |d| d.as_micros() as u64),
+                resume_us: begun.elapsed().as_micros() as u64,
+                ..Times::default()
+            };
+            self.came_home(body.image.pid, body.reason, times);
         }
         Ok(())
     }
@@ -262,10 +278,26 @@ impl Home {
                 self.vforked.insert(vfork.child, (pid, stopped));
                 Ok(())
             }
-            _ => match stopped.cont(0) {
-                Err(e) if !e.is_gone() => Err(e.into()),
-                _ => Ok(()),
-            },
+            (_, Some(process)) if process.frozen && !matches!(stopped.stop(), Stop::Group(_)) => {
+                process.standing.push(stopped);
+                Ok(())
+            }
+            _ => {
+                let resumed = match stopped.stop() {
+                    // The vessel was stopped by job control.
+                    Stop::Group(_) => {
+                        if let Some(task) = self.tasks.get_mut(&tid) {
+                            task.group_stopped = true;
+                        }
+                        stopped.listen()
+                    }
+                    _ => stopped.cont(0),
+                };
+                match resumed {
+                    Err(e) if !e.is_gone() => Err(e.into()),
+                    _ => Ok(()),
+                }
+            }
         }
     }
 
@@ -280,7 +312,7 @@ impl Home {
         }
     }
 
-    fn came_home(&mut self, pid: i32, reason: linklayer::stay::StayReason) {
+    fn came_home(&mut self, pid: i32, reason: linklayer::stay::StayReason, times: Times) {
         use linklayer::stay::StayReason;
         let Some(process) = self.processes.get_mut(&pid) else {
             return;
@@ -292,30 +324,40 @@ impl Home {
         }
         process.stay = Some(reason);
         process.how = "came home";
+        process.moves_home += 1;
+        let mut report = self
+            .shared
+            .progress
+            .lock()
+            .remove(&pid)
+            .map(|p| p.report)
+            .unwrap_or_default();
+        report.times += times;
         for waiter in process.waiters.drain(..) {
-            let _ = waiter.send(Ok(()));
+            let _ = waiter.send(Ok(report.clone()));
         }
-        if let Some((node, done)) = process.next.take() {
-            self.shared.post(Command::Out(pid, node, done, None));
+        // It came home on its own before it could go to the other node.
+        let next = process
+            .next
+            .take()
+            .or_else(|| process.hop.take().map(Hop::cancel));
+        if let Some(mut wish) = next {
+            if let Some(before) = wish.before.take() {
+                report.note = before.note;
+            }
+            wish.before = Some(report);
+            self.shared.post(Command::Out(pid, Box::new(wish)));
         }
     }
+}
 
-    pub(crate) fn move_failed(&mut self, failed: wire::MoveFailed) -> anyhow::Result<()> {
-        let pid = failed.pid;
-        tracing::error!(pid, why = failed.why, "does not come home");
-        self.shared.homecoming.lock().remove(&pid);
-        self.shared.objects.forget(pid);
-        let Some(process) = self.processes.get_mut(&pid) else {
-            return Ok(());
-        };
-        if let Some(away) = process.away() {
-            away.coming = None;
+/// Adds what arrived while the guest stood still to what is pending for it.
+fn add_kept(image: &mut ProcessImage, kept: Kept) {
+    for (tid, info) in kept.signals() {
+        match image.threads.iter_mut().find(|t| t.tid == tid) {
+            Some(thread) => thread.pending.push(info),
+            None => image.pending.push(info),
         }
-        let next = process.next.take().map(|(_, done)| done);
-        for waiter in process.waiters.drain(..).chain(next) {
-            let _ = waiter.send(Err(failed.why.clone()));
-        }
-        Ok(())
     }
 }
 

@@ -2,22 +2,25 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::Context;
-use linklayer::image::{Area, AreaKind, ProcessImage};
+use linklayer::image::{Area, AreaKind, SigInfo};
+use linklayer::pages::Writer;
 use linklayer::quic::Link;
 use linklayer::stay::StayReason;
-use linklayer::wire::{self, FileRef, Kind};
+use linklayer::wire::{self, FileRef, Kind, MoveReport, Phase};
 use shim::ptrace::Stopped;
+use shim::track::Tracker;
+use shim::vessel::Vessel;
 
 use crate::entry::Breakpoint;
 use crate::home::Home;
-use crate::outward::release;
-use crate::process::{Away, Mode, Role, Task, send};
+use crate::hop::Hop;
+use crate::outward::{Ready, Wish, release, stayed};
+use crate::process::{Away, Mode, Process, Role, Task, send};
+use crate::road::{Description, Road};
 use crate::shared::{Command, Shared};
-
-/// Most bytes of pages in one frame.
-const PAGES_BYTES: usize = 256 << 10;
 
 impl Home {
     /// A process has executed a program (PTRACE_EVENT_EXEC): all its other threads are gone, it is at home, and it is
@@ -82,12 +85,28 @@ impl Home {
             }
         }
         process.target = self.shared.cluster.choose();
+        // A move that was asked for is made with the new program.
+        for waiter in process.waiters.drain(..) {
+            process.target = None;
+            let _ = waiter.send(Ok(MoveReport::default()));
+        }
+        let asked = [
+            process.next.take(),
+            process.leaving.take().map(|l| l.wish),
+            process.hop.take().map(Hop::cancel),
+        ];
+        for wish in asked.into_iter().flatten() {
+            process.target = Some(wish.node);
+            if let Some(earlier) = process.departure.replace(wish) {
+                earlier.fail(format!("process {pid} is moved elsewhere"));
+            }
+        }
         if process.target.is_some() {
             match movable(pid, &stopped)
                 .and_then(|()| Breakpoint::set(pid).map_err(|e| StayReason::NoNode(format!("{e:#}"))))
             {
                 Ok(breakpoint) => process.breakpoint = Some(breakpoint),
-                Err(reason) => process.stay = Some(reason),
+                Err(reason) => process.stay_at_home(reason),
             }
         }
         self.publish(pid);
@@ -118,19 +137,20 @@ impl Home {
         stopped.set_regs(&regs)?;
         // Threads that a library's constructor started: a launch moves one thread.
         if self.tasks.values().filter(|t| t.pid == pid).count() > 1 {
-            process.stay = Some(StayReason::NoNode("it has threads before its entry point".into()));
+            process.stay_at_home(StayReason::NoNode("it has threads before its entry point".into()));
             self.publish(pid);
             stopped.cont(0)?;
             return Ok(());
         }
         stopped.settle()?;
-        let (threads, described) = self.describe(pid, vec![stopped]);
+        let (threads, described) = self.describe(pid, vec![stopped], false);
         match described {
             Ok((image, _)) if self.shares_memory(pid, &image) => {
-                return self.depart_together(pid, node, None, 0, threads);
+                let wish = process_wish(&mut self.processes, pid);
+                return self.depart_together(pid, node, wish, threads);
             }
             Ok((image, files)) => {
-                process_launch(&self.shared, pid, node, image, files);
+                process_launch(&self.shared, pid, Start::Node(node), Description { image, files });
                 if let Some(process) = self.processes.get_mut(&pid) {
                     process.mode = Mode::Launching(threads, node);
                 }
@@ -138,7 +158,7 @@ impl Home {
             Err(e) => {
                 tracing::info!(pid, error = format!("{e:#}"), "stays at home");
                 if let Some(process) = self.processes.get_mut(&pid) {
-                    process.stay = Some(StayReason::NoNode(format!("{e:#}")));
+                    process.stay_at_home(StayReason::NoNode(format!("{e:#}")));
                 }
                 self.publish(pid);
                 release(threads)?;
@@ -148,11 +168,21 @@ impl Home {
     }
 
     /// The guest stands ready on its node, or was refused.
-    pub(crate) fn launch_ready(&mut self, pid: i32, result: Result<Link, String>) -> anyhow::Result<()> {
+    pub(crate) fn launch_ready(
+        &mut self,
+        pid: i32,
+        result: Result<Box<Arrived>, String>,
+    ) -> anyhow::Result<()> {
+        let begun = Instant::now();
         let Some(process) = self.processes.get_mut(&pid) else {
             // Killed meanwhile.
-            if let Ok(link) = result {
-                send(&link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
+            if let Ok(arrived) = result {
+                send(
+                    &arrived.contact,
+                    pid,
+                    Kind::Discard,
+                    &wire::encode(&wire::Pid(pid)),
+                );
             }
             return Ok(());
         };
@@ -164,34 +194,34 @@ impl Home {
             }
         };
         let departure = process.departure.take();
-        let link = match result {
-            Ok(link) => link,
+        let (link, mut report, tracker) = match result {
+            Ok(arrived) => (arrived.contact, arrived.report, arrived.tracker),
             Err(why) => {
                 tracing::warn!(pid, node, why, "not moved; it runs at home");
-                if let Some(done) = &departure {
-                    let _ = done.send(Err(why.clone()));
+                let (text, reason) = stayed(pid, Phase::Transfer, &why);
+                if let Some(wish) = departure {
+                    wish.fail(text);
                 }
-                process.stay = Some(StayReason::NoNode(why));
+                process.stay = Some(reason);
                 self.publish(pid);
                 return release(threads);
             }
         };
         match self.empty(pid, threads) {
-            Ok(vessel) => {
-                if let Some(process) = self.processes.get_mut(&pid) {
-                    process.stay = None;
-                    process.how = if departure.is_some() {
-                        "asked"
-                    } else {
-                        "placed at exec"
-                    };
-                    process.mode = Mode::Away(Away::new(vessel, node, link.clone()));
-                }
+            Ok((vessel, pending)) => {
+                let how = if departure.is_some() {
+                    "asked"
+                } else {
+                    "placed at exec"
+                };
+                self.is_away(vessel, pending, node, &link, how);
                 self.publish(pid);
                 tracing::info!(pid, node, "runs there");
                 send(&link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));
-                if let Some(done) = departure {
-                    let _ = done.send(Ok(()));
+                drop(tracker);
+                report.times.resume_us = begun.elapsed().as_micros() as u64;
+                if let Some(wish) = departure {
+                    wish.fulfil(report);
                 }
                 Ok(())
             }
@@ -199,8 +229,8 @@ impl Home {
                 // Before the commit: the source goes on.
                 send(&link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
                 tracing::warn!(pid, error = %e, "not emptied; it runs at home");
-                if let Some(done) = departure {
-                    let _ = done.send(Err(format!("process {pid} cannot become a vessel: {e}")));
+                if let Some(wish) = departure {
+                    wish.fail(stayed(pid, Phase::Resume, &e.to_string()).0);
                 }
                 if whole.is_empty() {
                     return Err(anyhow::Error::new(e).context(format!("process {pid} could not be emptied")));
@@ -213,6 +243,45 @@ impl Home {
             }
         }
     }
+}
+
+impl Home {
+    /// A process has become a vessel. Its guest does not run yet.
+    pub(crate) fn is_away(
+        &mut self,
+        vessel: Vessel,
+        pending: Vec<(i32, SigInfo)>,
+        node: u32,
+        link: &Link,
+        how: &'static str,
+    ) {
+        let pid = vessel.pid();
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return;
+        };
+        let mut away = Away::new(vessel, node, link.clone());
+        // What was pending for single threads comes before the first instruction.
+        for (tid, info) in pending {
+            let info = crate::resend::first(&mut process.resent, info);
+            let signal = wire::Signal {
+                pid,
+                tid,
+                signal: info.signo(),
+                info: info.0.to_vec(),
+                counted: true,
+            };
+            away.relay(pid as u32, signal);
+        }
+        process.stay = None;
+        process.how = how;
+        process.moves_out += 1;
+        process.mode = Mode::Away(Box::new(away));
+    }
+}
+
+/// The move that a process at its entry point was asked to make.
+fn process_wish(processes: &mut HashMap<i32, Process>, pid: i32) -> Option<Wish> {
+    processes.get_mut(&pid)?.departure.take()
 }
 
 /// Whether a program that was just executed may be moved at all.
@@ -240,75 +309,63 @@ fn movable(pid: i32, stopped: &Stopped) -> Result<(), StayReason> {
     Ok(())
 }
 
+/// What is there of the way of a process that is launched.
+pub(crate) enum Start {
+    /// Nothing: it is to go to this node.
+    Node(u32),
+    /// Everything.
+    Prepared(Box<Ready>),
+}
+
+/// A process that stands ready at its node.
+pub struct Arrived {
+    /// The contact to the node.
+    contact: Link,
+    report: MoveReport,
+    /// What watched its memory; let go when the memory is not needed any more.
+    tracker: Option<Tracker>,
+}
+
 /// Sends the process and waits for the answer on a thread of its own.
-pub(crate) fn process_launch(
-    shared: &Arc<Shared>,
-    pid: i32,
-    node: u32,
-    image: ProcessImage,
-    files: Vec<FileRef>,
-) {
+pub(crate) fn process_launch(shared: &Arc<Shared>, pid: i32, start: Start, mut description: Description) {
+    description.leave_pending();
     let shared = shared.clone();
     crate::contact::spawn("launch", move || {
-        let result = shared.contact(node).and_then(|link| {
-            transfer(&shared, &link, pid, image, files).map_err(|e| format!("{e:#}"))?;
-            Ok(link)
+        let ready = match start {
+            Start::Prepared(ready) => Ok(*ready),
+            Start::Node(node) => Road::open(&shared, node, pid, 0).map(|road| Ready {
+                road,
+                tracker: None,
+                writer: Writer::default(),
+                report: MoveReport::default(),
+            }),
+        };
+        let result = ready.and_then(|ready| transfer(pid, ready, description).map_err(|e| format!("{e:#}")));
+        shared.post(Command::LaunchReady {
+            pid,
+            result: result.map(Box::new),
         });
-        shared.post(Command::LaunchReady { pid, result });
     });
 }
 
-pub(crate) fn transfer(
-    _shared: &Shared,
-    link: &Link,
-    pid: i32,
-    image: ProcessImage,
-    files: Vec<FileRef>,
-) -> anyhow::Result<()> {
-    let areas = image.areas.clone();
-    let hostname = nix::unistd::gethostname()
-        .map(|h| h.into_encoded_bytes())
-        .unwrap_or_default();
-    send(
-        link,
-        pid,
-        Kind::Launch,
-        &wire::encode(&wire::Launch {
-            image,
-            files,
-            hostname,
-        }),
-    );
-    send_pages(link, pid, pid, &areas)?;
-    let body = wire::encode(&wire::Pid(pid));
-    let header = linklayer::frame::Header::new(Kind::LaunchBuild as u16, pid, link.next_seq());
-    let (_, answer) = link.call(pid as u32, header, &[&body])?;
-    let ready: wire::LaunchReady = wire::decode(&answer)?;
-    if !ready.refused.is_empty() {
-        anyhow::bail!("refused by the node: {}", ready.refused);
-    }
-    Ok(())
-}
-
-/// Sends the pages of a stopped process that cannot be had from its files.
-fn send_pages(link: &Link, pid: i32, lane: i32, areas: &[Area]) -> anyhow::Result<()> {
-    let memory = shim::memory::ProcessMemory::new(pid);
-    for area in areas.iter().filter(|a| !a.is_kernel()) {
-        for run in shim::capture::page_runs(pid, area).context("page map")? {
-            let mut at = run.start;
-            while at < run.end {
-                let len = ((run.end - at) as usize).min(PAGES_BYTES);
-                let mut data = vec![0; len];
-                memory
-                    .read_forced(at, &mut data)
-                    .with_context(|| format!("memory at {at:#x}"))?;
-                let header = linklayer::frame::Header::new(Kind::Pages as u16, pid, link.next_seq());
-                link.send(lane as u32, header, &[&at.to_le_bytes(), &data])?;
-                at += len as u64;
-            }
-        }
-    }
-    Ok(())
+fn transfer(pid: i32, mut ready: Ready, description: Description) -> anyhow::Result<Arrived> {
+    let all = shim::capture::all_runs(pid, &description.image.areas).context("page map")?;
+    let (runs, present) = match &ready.tracker {
+        Some(tracker) => (tracker.round().context("page map")?, Some(all)),
+        None => (all, None),
+    };
+    ready.road.send_process(
+        description,
+        &runs,
+        present.as_deref(),
+        &mut ready.writer,
+        &mut ready.report,
+    )?;
+    Ok(Arrived {
+        contact: ready.road.contact.clone(),
+        report: ready.report,
+        tracker: ready.tracker,
+    })
 }
 
 /// The files that a process maps, as they are named to the other node.

@@ -9,10 +9,13 @@ mod entry;
 mod files;
 mod home;
 mod homeward;
+mod hop;
+mod kept;
 mod launch;
 mod outward;
 mod process;
 mod resend;
+mod road;
 pub mod shared;
 mod signals;
 mod terminal;
@@ -28,6 +31,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, Signal};
 
 pub use adopt::LeftOut;
+pub use outward::{Done, Outcome, Wish};
 pub use shared::{Cluster, Command, ProcessView, Shared};
 
 /// A deputy that has not seized anybody yet.

@@ -1,95 +1,223 @@
 //! From home to away, for a process that is running: it is stopped where it stands, described, and built elsewhere.
 //!
-//! Until the guest stands ready the process is whole and only stopped, so whatever fails lets it go on at home.
+//! Until the guest stands ready the process is whole and only stopped, so whatever fails lets it go on at home. A large process
+//! is not stopped before most of its memory is there: its pages are sent while it runs, and those that change are sent again.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use crossbeam_channel::Sender;
 use linklayer::image::ProcessImage;
+use linklayer::pages::Writer;
 use linklayer::stay::StayReason;
+use linklayer::wire::{self, MoveReport, Phase, Way};
 use shim::ptrace::{self, Stopped};
+use shim::track::Tracker;
 
 use crate::home::Home;
-use crate::launch::process_launch;
+use crate::launch::{Start, process_launch};
 use crate::process::Mode;
-use crate::shared::Command;
+use crate::road::{Description, Road};
+use crate::shared::{Command, Shared};
 
 /// The kernel's code for a wait whose rest it keeps to itself (ERESTART_RESTARTBLOCK): a thread in one cannot be described.
 const RESTART_BLOCK: i32 = -516;
 /// How often, and how long apart, a process in such a wait is tried again.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
+/// From this size on a process runs while its memory is sent, when nobody says otherwise, bytes.
+const PRECOPY_BYTES: u64 = 64 << 20;
 
+/// How a move ended.
+pub type Outcome = Result<MoveReport, String>;
 /// Who asked for a move and is told how it went.
-pub type Done = Sender<Result<(), String>>;
+pub type Done = Sender<Outcome>;
 
-/// A process that is being stopped so as to leave home.
-pub struct Leaving {
+/// A move that somebody asked for.
+pub struct Wish {
     /// Where to.
     pub node: u32,
+    /// How.
+    pub mode: wire::Mode,
     /// Who asked.
     pub done: Done,
-    /// How often it is still tried.
+    /// How often it is still tried when a thread is in a wait that cannot be described.
     pub tries: u32,
+    /// What was done for it before: the way to home of a process that goes from node to node.
+    pub before: Option<MoveReport>,
+}
+
+impl Wish {
+    /// A move to this node.
+    pub fn new(node: u32, mode: wire::Mode, done: Done) -> Wish {
+        Wish {
+            node,
+            mode,
+            done,
+            tries: TRIES,
+            before: None,
+        }
+    }
+
+    /// It came about.
+    pub fn fulfil(self, mut report: MoveReport) {
+        if let Some(before) = self.before {
+            report.times += before.times;
+            report.pages += before.pages;
+            report.rounds += before.rounds;
+            report.way = Way::Home;
+            report.note = [before.note, report.note]
+                .into_iter()
+                .filter(|note| !note.is_empty())
+                .collect::<Vec<_>>()
+                .join("; ");
+        }
+        let _ = self.done.send(Ok(report));
+    }
+
+    fn fail_waiting(self, pid: i32) {
+        self.fail(format!(
+            "process {pid} is in a timed wait whose rest the kernel keeps; try again later"
+        ));
+    }
+
+    /// It did not.
+    pub fn fail(self, why: String) {
+        let _ = self.done.send(Err(why));
+    }
+}
+
+/// Everything that is made ready before the process is stopped.
+pub struct Ready {
+    /// The way.
+    pub road: Road,
+    /// What watches its memory, when pages were sent while it ran.
+    pub tracker: Option<Tracker>,
+    /// What writes its pages.
+    pub writer: Writer,
+    /// What was done so far.
+    pub report: MoveReport,
+}
+
+/// How far the process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// It runs while the way is made ready.
+    Preparing,
+    /// It is being stopped so that its memory can be watched.
+    Tracking,
+    /// It is being stopped to leave.
+    Stopping,
+}
+
+/// A process that is to leave home.
+pub struct Leaving {
+    /// What is asked.
+    pub wish: Wish,
+    stage: Stage,
     /// Its threads that have stopped.
-    pub held: Vec<Stopped>,
+    held: Vec<Stopped>,
+    since: Instant,
+    ready: Option<Box<Ready>>,
+    tracked: Option<Sender<Result<Tracker, String>>>,
+}
+
+impl Leaving {
+    /// Whether its threads are being stopped.
+    pub fn stops(&self) -> bool {
+        self.stage != Stage::Preparing
+    }
 }
 
 impl Home {
-    /// Moves a process to a node: from home directly, from another node by way of home.
-    pub(crate) fn send_out(
-        &mut self,
-        pid: i32,
-        node: u32,
-        done: Done,
-        tries: Option<u32>,
-    ) -> anyhow::Result<()> {
-        let refuse = |why: String| {
-            let _ = done.send(Err(why));
-            Ok(())
-        };
+    /// Moves a process to a node.
+    pub(crate) fn send_out(&mut self, pid: i32, wish: Wish) -> anyhow::Result<()> {
         let Some(process) = self.processes.get_mut(&pid) else {
-            return refuse(format!("process {pid} is not one of this job"));
-        };
-        match &process.mode {
-            Mode::Away(away) if away.node == node => {
-                let _ = done.send(Ok(()));
-                return Ok(());
-            }
-            Mode::Away(_) => {
-                process.next = Some((node, done));
-                let (arrived, _) = crossbeam_channel::bounded(1);
-                return self.bring(pid, StayReason::Asked, arrived);
-            }
-            Mode::Launching(..) => return refuse(format!("process {pid} is being moved at this moment")),
-            Mode::Native => {}
-        }
-        if process.breakpoint.is_some() || process.leaving.is_some() || process.together.is_some() {
-            return refuse(format!("process {pid} is being moved at this moment"));
-        }
-        if process.vforking > 0 {
-            // Its thread stops only when its child has given the memory back.
-            process.after_vfork.push((pid, node, done));
+            wish.fail(format!("process {pid} is not one of this job"));
             return Ok(());
+        };
+        let moving = process.is_moving();
+        match &process.mode {
+            _ if moving => wish.fail(format!("process {pid} is being moved at this moment")),
+            Mode::Away(away) if away.node == wish.node => wish.fulfil(MoveReport::default()),
+            Mode::Away(_) => self.hop(pid, wish),
+            Mode::Launching(..) => wish.fail(format!("process {pid} is being moved at this moment")),
+            Mode::Native if process.frozen => {
+                wish.fail(format!("process {pid} is frozen; continue it first"));
+            }
+            Mode::Native if process.vforking > 0 => {
+                // Its thread stops only when its child has given the memory back.
+                process.after_vfork.push((pid, wish));
+            }
+            Mode::Native if self.tasks.values().any(|t| t.pid == pid && t.group_stopped) => {
+                wish.fail(format!("process {pid} is stopped; continue it first"));
+            }
+            Mode::Native => self.prepare(pid, wish),
         }
-        let tids: Vec<i32> = self
-            .tasks
-            .values()
-            .filter(|t| t.pid == pid)
-            .map(|t| t.tid)
-            .collect();
-        if self.tasks.values().any(|t| t.pid == pid && t.group_stopped) {
-            return refuse(format!("process {pid} is stopped; continue it first"));
-        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, pid: i32, wish: Wish) {
+        let (node, mode) = (wish.node, wish.mode);
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return;
+        };
         process.leaving = Some(Leaving {
-            node,
-            done,
-            tries: tries.unwrap_or(TRIES),
+            wish,
+            stage: Stage::Preparing,
             held: Vec::new(),
+            since: Instant::now(),
+            ready: None,
+            tracked: None,
         });
-        for tid in tids {
-            match ptrace::interrupt(tid) {
+        let shared = self.shared.clone();
+        crate::contact::spawn("out", move || {
+            let ready = make_ready(&shared, pid, node, mode).map(Box::new);
+            shared.post(Command::Depart(pid, ready));
+        });
+    }
+
+    /// Everything is ready, or cannot be made so: the process is stopped.
+    pub(crate) fn depart(&mut self, pid: i32, ready: Result<Box<Ready>, String>) -> anyhow::Result<()> {
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Ok(());
+        };
+        let Some(leaving) = process.leaving.as_mut() else {
+            return Ok(());
+        };
+        match ready {
+            Ok(ready) => {
+                leaving.ready = Some(ready);
+                self.stop_leaving(pid, Stage::Stopping)
+            }
+            Err(why) => {
+                if let Some(leaving) = process.leaving.take() {
+                    let why = format!("process {pid} stays at home: {}: {why}", Phase::Reach);
+                    leaving.wish.fail(why);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// A process that leaves is to be watched.
+    pub(crate) fn track(&mut self, pid: i32, done: Sender<Result<Tracker, String>>) -> anyhow::Result<()> {
+        let Some(leaving) = self.processes.get_mut(&pid).and_then(|p| p.leaving.as_mut()) else {
+            let _ = done.send(Err("it does not leave any more".into()));
+            return Ok(());
+        };
+        leaving.tracked = Some(done);
+        self.stop_leaving(pid, Stage::Tracking)
+    }
+
+    fn stop_leaving(&mut self, pid: i32, stage: Stage) -> anyhow::Result<()> {
+        if let Some(leaving) = self.processes.get_mut(&pid).and_then(|p| p.leaving.as_mut()) {
+            leaving.stage = stage;
+            leaving.since = Instant::now();
+        }
+        for task in self.tasks.values().filter(|t| t.pid == pid) {
+            match ptrace::interrupt(task.tid) {
                 Err(e) if !e.is_gone() => return Err(e.into()),
                 _ => {}
             }
@@ -97,13 +225,23 @@ impl Home {
         Ok(())
     }
 
-    /// A thread of a process that leaves has stopped.
-    pub(crate) fn held_for_leaving(&mut self, pid: i32, stopped: Stopped) -> anyhow::Result<()> {
-        if let Some(first) = self.processes.get(&pid).and_then(|p| p.together) {
+    /// A thread of a process at home has stopped because it was asked to.
+    pub(crate) fn held(&mut self, pid: i32, stopped: Stopped) -> anyhow::Result<()> {
+        let process = self.processes.get_mut(&pid).context("process at home")?;
+        if process.frozen {
+            process.standing.push(stopped);
+            return Ok(());
+        }
+        if let Some(first) = process.together {
             return self.held_together(first, stopped);
         }
+        self.held_for_leaving(pid, stopped)
+    }
+
+    /// A thread of a process that leaves has stopped.
+    fn held_for_leaving(&mut self, pid: i32, stopped: Stopped) -> anyhow::Result<()> {
         let process = self.processes.get_mut(&pid).context("process that leaves")?;
-        let Some(leaving) = process.leaving.as_mut() else {
+        let Some(leaving) = process.leaving.as_mut().filter(|l| l.stops()) else {
             stopped.cont(0)?;
             return Ok(());
         };
@@ -117,59 +255,113 @@ impl Home {
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(());
         };
-        if process.leaving.as_ref().is_none_or(|l| l.held.len() < count) {
-            return Ok(());
-        }
-        let Some(mut leaving) = process.leaving.take() else {
+        let Some(leaving) = process
+            .leaving
+            .as_mut()
+            .filter(|l| l.stops() && l.held.len() >= count)
+        else {
             return Ok(());
         };
         leaving.held.sort_by_key(|t| (t.tid() != pid, t.tid()));
-        let (threads, described) = self.describe(pid, leaving.held);
-        let result = described.map_err(|e| format!("process {pid} stays at home: {e:#}"));
-        match result {
-            Ok((image, files)) => {
-                if self.shares_memory(pid, &image) {
-                    let done = Some(leaving.done);
-                    return self.depart_together(pid, leaving.node, done, leaving.tries, threads);
-                }
-                if waits(&image) {
-                    return self.try_again(pid, leaving.node, Some(leaving.done), leaving.tries, threads);
-                }
-                process_launch(&self.shared, pid, leaving.node, image, files);
-                if let Some(process) = self.processes.get_mut(&pid) {
-                    process.mode = Mode::Launching(threads, leaving.node);
-                    process.departure = Some(leaving.done);
-                }
-                Ok(())
+        if leaving.stage == Stage::Tracking {
+            leaving.stage = Stage::Preparing;
+            let mut held = std::mem::take(&mut leaving.held);
+            let begun = match held.first_mut() {
+                Some(leader) => Tracker::begin(leader, 0).map_err(|e| e.to_string()),
+                None => Err("it has ended".into()),
+            };
+            if let Some(tracked) = leaving.tracked.take() {
+                let _ = tracked.send(begun);
             }
-            Err(why) => {
-                let _ = leaving.done.send(Err(why));
-                release(threads)
-            }
+            return release(held);
+        }
+        match process.leaving.take() {
+            Some(leaving) => self.leave(pid, leaving),
+            None => Ok(()),
         }
     }
 
+    /// All threads are stopped: it is described and sent.
+    fn leave(&mut self, pid: i32, mut leaving: Leaving) -> anyhow::Result<()> {
+        let held = std::mem::take(&mut leaving.held);
+        let Some(mut ready) = leaving.ready.take() else {
+            return release(held);
+        };
+        ready.report.times.seize_us = leaving.since.elapsed().as_micros() as u64;
+        let described_at = Instant::now();
+        let (threads, described) = self.describe(pid, held, ready.tracker.is_some());
+        let (image, files) = match described {
+            Ok(described) => described,
+            Err(e) => {
+                let why = format!("process {pid} stays at home: {}: {e:#}", Phase::Dump);
+                leaving.wish.fail(why);
+                return release(threads);
+            }
+        };
+        if self.shares_memory(pid, &image) {
+            let node = leaving.wish.node;
+            return self.depart_together(pid, node, Some(leaving.wish), threads);
+        }
+        if waits(&image) {
+            leaving.ready = Some(ready);
+            return self.try_again(pid, leaving, threads);
+        }
+        ready.report.times.dump_us = described_at.elapsed().as_micros() as u64;
+        let node = leaving.wish.node;
+        process_launch(
+            &self.shared,
+            pid,
+            Start::Prepared(ready),
+            Description { image, files },
+        );
+        if let Some(process) = self.processes.get_mut(&pid) {
+            process.mode = Mode::Launching(threads, node);
+            process.departure = Some(leaving.wish);
+        }
+        Ok(())
+    }
+
     /// It is in a sleep whose rest only the kernel knows: let it go on and look again soon.
-    pub(crate) fn try_again(
-        &mut self,
-        pid: i32,
-        node: u32,
-        done: Option<Done>,
-        tries: u32,
-        threads: Vec<Stopped>,
-    ) -> anyhow::Result<()> {
+    fn try_again(&mut self, pid: i32, mut leaving: Leaving, threads: Vec<Stopped>) -> anyhow::Result<()> {
         release(threads)?;
-        let Some(done) = done else { return Ok(()) };
-        if tries == 0 {
-            let why =
-                format!("process {pid} is in a timed wait whose rest the kernel keeps; try again later");
-            let _ = done.send(Err(why));
+        if leaving.wish.tries == 0 {
+            leaving.wish.fail_waiting(pid);
             return Ok(());
+        }
+        leaving.wish.tries -= 1;
+        leaving.stage = Stage::Preparing;
+        let ready = leaving.ready.take().context("way of a process that leaves")?;
+        if let Some(process) = self.processes.get_mut(&pid) {
+            process.leaving = Some(leaving);
         }
         let shared = self.shared.clone();
         crate::contact::spawn("again", move || {
             std::thread::sleep(PAUSE);
-            shared.post(Command::Out(pid, node, done, Some(tries - 1)));
+            shared.post(Command::Depart(pid, Ok(ready)));
+        });
+        Ok(())
+    }
+}
+
+impl Home {
+    /// As for one process, for those that leave together: the whole is tried again.
+    pub(crate) fn again_together(
+        &self,
+        pid: i32,
+        wish: Option<Wish>,
+        threads: Vec<Stopped>,
+    ) -> anyhow::Result<()> {
+        release(threads)?;
+        let Some(mut wish) = wish else { return Ok(()) };
+        if wish.tries == 0 {
+            wish.fail_waiting(pid);
+            return Ok(());
+        }
+        wish.tries -= 1;
+        let shared = self.shared.clone();
+        crate::contact::spawn("again", move || {
+            std::thread::sleep(PAUSE);
+            shared.post(Command::Out(pid, Box::new(wish)));
         });
         Ok(())
     }
@@ -183,10 +375,92 @@ pub(crate) fn waits(image: &ProcessImage) -> bool {
         .any(|t| t.rewound.is_some_and(|r| r.code == RESTART_BLOCK))
 }
 
+/// Opens the way to a node, and sends what memory can be sent while the process runs.
+fn make_ready(shared: &Arc<Shared>, pid: i32, node: u32, mode: wire::Mode) -> Result<Ready, String> {
+    let size_bytes = resident_bytes(pid);
+    let wanted = match mode {
+        wire::Mode::Auto => size_bytes >= PRECOPY_BYTES,
+        wire::Mode::Freeze => false,
+        wire::Mode::Precopy => true,
+    };
+    let mut ready = Ready {
+        road: Road::open(shared, node, pid, if wanted { u64::MAX } else { size_bytes })?,
+        tracker: None,
+        writer: Writer::default(),
+        report: MoveReport {
+            mode: wire::Mode::Freeze,
+            ..MoveReport::default()
+        },
+    };
+    if wanted && let Err(why) = precopy(shared, pid, &mut ready) {
+        if mode == wire::Mode::Precopy {
+            tracing::warn!(pid, why, "its memory is sent while it stands still");
+        }
+        ready.report.note = format!("not sent while it ran: {why}");
+        ready.tracker = None;
+    }
+    Ok(ready)
+}
+
+fn precopy(shared: &Arc<Shared>, pid: i32, ready: &mut Ready) -> Result<(), String> {
+    if !ready.road.has_link() {
+        return Err("there is no link of its own to the node".into());
+    }
+    let begun = Instant::now();
+    let (done, tracked) = crossbeam_channel::bounded(1);
+    shared.post(Command::Track(pid, done));
+    let tracker = tracked.recv().map_err(|e| e.to_string())??;
+    let (road, writer) = (&ready.road, &mut ready.writer);
+    let rounds = tracker
+        .precopy(
+            writer,
+            &mut |kind, parts| road.send(pid, kind, parts),
+            &mut |writer, rounds, left| {
+                let report = MoveReport {
+                    pages: writer.counts,
+                    rounds,
+                    mode: wire::Mode::Precopy,
+                    ..MoveReport::default()
+                };
+                let phase = Phase::Precopy;
+                let progress = wire::Progress {
+                    pid,
+                    phase,
+                    report,
+                    left,
+                };
+                shared.progress.lock().insert(pid, progress);
+            },
+        )
+        .map_err(|e| e.to_string())?;
+    ready.report.rounds = rounds;
+    ready.report.mode = wire::Mode::Precopy;
+    ready.report.times.precopy_us = begun.elapsed().as_micros() as u64;
+    ready.tracker = Some(tracker);
+    Ok(())
+}
+
+/// What a process has in memory (proc_pid_statm(5)).
+pub fn resident_bytes(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+    let pages: u64 = text
+        .split_whitespace()
+        .nth(1)
+        .and_then(|f| f.parse().ok())
+        .unwrap_or(0);
+    pages * linklayer::image::PAGE
+}
+
 /// Lets threads go on.
 pub(crate) fn release(threads: Vec<Stopped>) -> anyhow::Result<()> {
     for thread in threads {
         thread.cont(0)?;
     }
     Ok(())
+}
+
+/// Why a process that leaves home is at home, when the move fails.
+pub(crate) fn stayed(pid: i32, phase: Phase, why: &str) -> (String, StayReason) {
+    let text = format!("process {pid} stays at home: {phase}: {why}");
+    (text, StayReason::NoNode(why.to_string()))
 }

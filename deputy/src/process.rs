@@ -1,8 +1,9 @@
 //! A process of the job and its threads, as the tracer keeps them.
 
 use crate::entry::Breakpoint;
-use crate::outward::{Done, Leaving};
-use crossbeam_channel::Sender;
+use crate::hop::Hop;
+use crate::kept::Kept;
+use crate::outward::{Done, Leaving, Wish};
 use linklayer::image::SigAction;
 use linklayer::quic::Link;
 use linklayer::stay::StayReason;
@@ -101,7 +102,7 @@ pub enum Mode {
     /// It stands at its entry point while a guest is built from it.
     Launching(Vec<Stopped>, u32),
     /// Its user half is away; here is its vessel.
-    Away(Away),
+    Away(Box<Away>),
 }
 
 /// The home half of a process whose user half is away.
@@ -112,16 +113,22 @@ pub struct Away {
     pub node: u32,
     /// Contact to its supervisor.
     pub link: Link,
-    /// The vessel is stopped by job control and the guest was told.
+    /// The vessel is stopped by job control.
     pub frozen: bool,
+    /// Somebody has asked that the guest stands still.
+    pub asked: bool,
+    /// The guest was told to stand still.
+    pub told: bool,
     /// The catcher has taken the SIGCONT that ended the last group-stop.
     pub continued: bool,
     /// Workers that left a group-stop, kept until the SIGCONT that ended it has been relayed.
     pub parked: Vec<Stopped>,
-    /// The image of a guest on its way home.
-    pub coming: Option<Box<wire::Homecoming>>,
+    /// The image of a guest on its way home, and how long it took to adapt the layout to it.
+    pub coming: Option<(Box<wire::Homecoming>, std::time::Duration)>,
     /// What its guest was sent.
     pub sent: crate::resend::Sent,
+    /// What is kept back for a guest that stands still so as to move.
+    pub kept: Option<Kept>,
     /// Calls that a terminal may stop.
     pub exposed: crate::terminal::Exposed,
 }
@@ -134,11 +141,14 @@ impl Away {
             node,
             link,
             frozen: false,
+            asked: false,
+            told: false,
             continued: false,
             parked: Vec::new(),
             coming: None,
             sent: crate::resend::Sent::default(),
             exposed: crate::terminal::Exposed::default(),
+            kept: None,
         }
     }
 }
@@ -157,14 +167,24 @@ pub struct Process {
     pub actions: Vec<SigAction>,
     /// It is being stopped so as to leave home.
     pub leaving: Option<Leaving>,
-    /// Who asked for the move that is under way.
-    pub departure: Option<Done>,
+    /// The move that is under way.
+    pub departure: Option<Wish>,
     /// Where it goes when it has come home.
-    pub next: Option<(u32, Done)>,
+    pub next: Option<Wish>,
+    /// It is to go from its node to another.
+    pub hop: Option<Hop>,
+    /// Somebody has asked that it stands still where it is.
+    pub frozen: bool,
+    /// Its threads that stand still at home for that.
+    pub standing: Vec<Stopped>,
+    /// How often it has left home or gone from node to node.
+    pub moves_out: u64,
+    /// How often it has come home.
+    pub moves_home: u64,
     /// It is being stopped to leave home with others: the one that was asked for.
     pub together: Option<i32>,
-    /// Moves that wait until no thread waits for the child of a vfork: which process, where to, and who asked.
-    pub after_vfork: Vec<(i32, u32, Done)>,
+    /// Moves that wait until no thread waits for the child of a vfork, and of which process.
+    pub after_vfork: Vec<(i32, Wish)>,
     /// Threads that wait for the child of a vfork.
     pub vforking: u32,
     /// Why it is at home.
@@ -178,7 +198,7 @@ pub struct Process {
     /// Signals that were pending when it was described for another node: they went with it, and its vessel forgets them.
     pub carried: Vec<linklayer::image::SigInfo>,
     /// Who waits for it to come home.
-    pub waiters: Vec<Sender<Result<(), String>>>,
+    pub waiters: Vec<Done>,
 }
 
 impl Process {
@@ -196,6 +216,11 @@ impl Process {
             next: None,
             together: None,
             after_vfork: Vec::new(),
+            hop: None,
+            frozen: false,
+            standing: Vec::new(),
+            moves_out: 0,
+            moves_home: 0,
             vforking: 0,
             stay: None,
             how: "started",
@@ -222,6 +247,24 @@ impl Process {
         }
     }
 
+    /// Whether somebody has asked for a move of it that has not ended.
+    pub fn is_moving(&self) -> bool {
+        self.breakpoint.is_some()
+            || self.leaving.is_some()
+            || self.hop.is_some()
+            || self.next.is_some()
+            || self.together.is_some()
+            || !self.waiters.is_empty()
+    }
+
+    /// It was to be moved and cannot be.
+    pub fn stay_at_home(&mut self, reason: StayReason) {
+        if let Some(wish) = self.departure.take() {
+            wish.fail(format!("process {} stays at home: {reason}", self.pid));
+        }
+        self.stay = Some(reason);
+    }
+
     /// Tells the supervisor that the guest's process is no more.
     pub fn discard_guest(&self) {
         if let Mode::Away(away) = &self.mode {
@@ -236,12 +279,18 @@ impl Process {
 
     /// Answers those who wait for it to come home: it did not.
     pub fn fail_waiters(mut self, why: &str) {
-        let others = [
-            self.leaving.take().map(|l| l.done),
+        let wishes = [
+            self.leaving.take().map(|l| l.wish),
             self.departure.take(),
-            self.next.take().map(|(_, done)| done),
+            self.next.take(),
         ];
-        for waiter in self.waiters.drain(..).chain(others.into_iter().flatten()) {
+        for wish in wishes.into_iter().flatten() {
+            wish.fail(why.to_string());
+        }
+        if let Some(hop) = self.hop.take() {
+            hop.fail(self.pid, why.to_string());
+        }
+        for waiter in self.waiters.drain(..) {
             let _ = waiter.send(Err(why.to_string()));
         }
     }
@@ -254,6 +303,8 @@ impl Process {
             how: self.how.into(),
             stay: self.stay.clone(),
             forwarded,
+            moves_out: self.moves_out,
+            moves_home: self.moves_home,
         }
     }
 }

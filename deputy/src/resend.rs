@@ -15,7 +15,6 @@ use shim::ptrace::Stopped;
 
 use crate::home::Home;
 use crate::process::Mode;
-use crate::signals::send;
 
 /// Most signals that are remembered, or kept during an exec. Real-time signals beyond that are lost in it.
 const MOST: usize = 1024;
@@ -89,6 +88,12 @@ impl Resent {
     }
 }
 
+/// The siginfo of a signal as it first was.
+pub fn first(resent: &mut Vec<Resent>, info: SigInfo) -> SigInfo {
+    let at = resent.iter().position(|r| r.is(&info));
+    at.map_or(info, |at| resent.swap_remove(at).info)
+}
+
 fn number(info: &SigInfo) -> i32 {
     i32::from_ne_bytes([info.0[0], info.0[1], info.0[2], info.0[3]])
 }
@@ -104,9 +109,7 @@ impl Home {
             return;
         }
         for signal in away.sent.held.take().unwrap_or_default() {
-            if let Some(now) = away.sent.sends(signal) {
-                send(&away.link, pid as u32, &now);
-            }
+            away.relay(pid as u32, signal);
         }
     }
 
@@ -169,8 +172,7 @@ impl Home {
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(info);
         };
-        let at = process.resent.iter().position(|r| r.is(&info));
-        Ok(at.map_or(info, |at| process.resent.swap_remove(at).info))
+        Ok(first(&mut process.resent, info))
     }
 }
 

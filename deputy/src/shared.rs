@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use linklayer::frame::Header;
@@ -12,9 +13,13 @@ use linklayer::wire;
 use nix::sys::eventfd::EventFd;
 use parking_lot::{Mutex, RwLock};
 use shim::shared_memory::Objects;
+use shim::track::Tracker;
 
 use crate::calls::Worker;
 use crate::files::Files;
+use crate::hop::HopReady;
+use crate::launch::Arrived;
+use crate::outward::{Done, Ready, Wish};
 
 /// What the deputy needs of the cluster; implemented by the program around it.
 pub trait Cluster: Send + Sync {
@@ -59,8 +64,8 @@ pub enum Command {
     LaunchReady {
         /// Process.
         pid: i32,
-        /// Contact, or why not.
-        result: Result<Link, String>,
+        /// What it got there with, or why not.
+        result: Result<Box<Arrived>, String>,
     },
     /// Create a child or thread.
     Clone(ReplyTo, wire::Clone),
@@ -93,7 +98,7 @@ pub enum Command {
     /// A process comes home.
     Homecoming(ReplyTo, Box<wire::Homecoming>),
     /// Its vessel has the layout, or could not take it.
-    LaidOut(ReplyTo, Box<wire::Homecoming>, anyhow::Result<()>),
+    LaidOut(ReplyTo, Box<wire::Homecoming>, anyhow::Result<Duration>),
     /// The pages of these are all there.
     HomeCommit(ReplyTo, wire::HomeCommit),
     /// It does not come.
@@ -109,14 +114,28 @@ pub enum Command {
     /// It has ended with this reply.
     Exposed(Box<crate::calls::Pending>, Vec<u8>),
     /// Bring a process home; the answer tells when it is there, or why it is not.
-    Bring(i32, StayReason, Sender<Result<(), String>>),
-    /// Move a process to a node; the answer tells when it runs there, or why it does not. The last is for the tracer
-    /// itself: how often it is still tried.
-    Out(i32, u32, Sender<Result<(), String>>, Option<u32>),
+    Bring(i32, StayReason, Done),
+    /// Move a process to a node; the answer tells when it runs there, or why it does not.
+    Out(i32, Box<Wish>),
+    /// The way out is ready, or cannot be made so.
+    Depart(i32, Result<Box<Ready>, String>),
+    /// Watch the memory of a process that is to leave.
+    Track(i32, Sender<Result<Tracker, String>>),
+    /// The node to which a guest is to go waits for it.
+    HopReady(i32, Result<HopReady, String>),
+    /// A guest (of this node) stands ready at another one.
+    Moved(ReplyTo, u32, Box<wire::Moved>),
+    /// A guest stands still so as to move.
+    KeepBack(ReplyTo, i32),
+    /// Stop a process where it is, or let it go on.
+    Freeze(i32, bool, Sender<Result<(), String>>),
     /// Let all processes of the job go, and end; the answer tells when that is done, or why it is not.
     Release(Sender<Result<(), String>>),
     /// The supervisor built (or refused) a group of guests.
-    TogetherReady(Box<crate::together::Sent>, Result<Link, String>),
+    TogetherReady(
+        Box<crate::together::Sent>,
+        Result<(Link, wire::MoveReport), String>,
+    ),
     /// The contact to a supervisor is gone.
     Lost(u32, String),
 }
@@ -148,6 +167,8 @@ pub struct Shared {
     pub homecoming: Mutex<std::collections::HashSet<i32>>,
     /// What processes on their way home share, by the node that they come from and its id there.
     pub objects: Objects<(u32, u64)>,
+    /// How far moves that are under way have got, by process.
+    pub progress: Mutex<HashMap<i32, wire::Progress>>,
     /// Last usage report of each node.
     pub usage: Mutex<HashMap<u32, wire::Usage>>,
 }
@@ -165,6 +186,10 @@ pub struct ProcessView {
     pub stay: Option<StayReason>,
     /// Forwarded calls so far.
     pub forwarded: u64,
+    /// Moves from home to a node, and between nodes.
+    pub moves_out: u64,
+    /// Moves back home.
+    pub moves_home: u64,
 }
 
 impl Shared {
@@ -181,6 +206,7 @@ impl Shared {
             table: Mutex::default(),
             homecoming: Mutex::default(),
             objects: Default::default(),
+            progress: Mutex::default(),
             usage: Mutex::default(),
         })
     }

@@ -93,9 +93,7 @@ impl Home {
                 info: info.0.to_vec(),
                 counted: true,
             };
-            if let Some(now) = away.sent.sends(body) {
-                send(&away.link, lane as u32, &now);
-            }
+            away.relay(lane as u32, body);
         }
         if [libc::SIGTTIN, libc::SIGTTOU].contains(&sig)
             && let Some(worker) = self.shared.worker(tid)

@@ -4,31 +4,30 @@
 //! nobody left who could see the memory change. All are built on the node before the first of them loses its memory here.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::sync::Arc;
 
 use anyhow::Context;
 use linklayer::frame::Header;
 use linklayer::image::{AreaKind, ProcessImage};
+use linklayer::pages::Writer;
 use linklayer::quic::Link;
 use linklayer::stay::StayReason;
-use linklayer::wire::{self, FileRef, Kind};
+use linklayer::wire::{self, Kind, MoveReport};
 use shim::capture::SharedObjects;
 use shim::ptrace::{self, Stopped};
 use shim::vessel::Vessel;
 
 use crate::home::Home;
-use crate::outward::{Done, release};
-use crate::process::{Away, Mode, send};
-use crate::shared::{Command, Shared};
+use crate::outward::{Wish, release};
+use crate::process::{Mode, send};
+use crate::road::{self, Description};
+use crate::shared::Command;
 
 /// Processes that are being stopped so as to leave home together.
 pub struct Together {
     /// Where to.
     node: u32,
     /// Who asked, unless the first was to begin there.
-    done: Option<Done>,
-    /// How often it is still tried.
-    tries: u32,
+    wish: Option<Wish>,
     members: BTreeSet<i32>,
     /// Their threads that have stopped.
     held: HashMap<i32, Stopped>,
@@ -37,14 +36,8 @@ pub struct Together {
 /// A group that has been sent: whom and where to.
 pub struct Sent {
     node: u32,
-    done: Option<Done>,
+    wish: Option<Wish>,
     members: Vec<i32>,
-}
-
-/// A process as it is sent.
-struct Member {
-    image: ProcessImage,
-    files: Vec<FileRef>,
 }
 
 impl Home {
@@ -63,8 +56,7 @@ impl Home {
         &mut self,
         first: i32,
         node: u32,
-        done: Option<Done>,
-        tries: u32,
+        wish: Option<Wish>,
         threads: Vec<Stopped>,
     ) -> anyhow::Result<()> {
         if let Some(process) = self.processes.get_mut(&first) {
@@ -72,8 +64,7 @@ impl Home {
         }
         let group = Together {
             node,
-            done,
-            tries,
+            wish,
             members: BTreeSet::from([first]),
             held: threads.into_iter().map(|t| (t.tid(), t)).collect(),
         };
@@ -146,11 +137,10 @@ impl Home {
         group
             .held
             .retain(|tid, _| tasks.get(tid).is_some_and(|t| t.pid != pid));
-        if pid == first {
-            let (node, done) = (group.node, group.done.take());
-            if let Some(done) = done {
-                self.shared.post(Command::Out(pid, node, done, None));
-            }
+        if pid == first
+            && let Some(wish) = group.wish.take()
+        {
+            self.shared.post(Command::Out(pid, Box::new(wish)));
         }
         if let Err(e) = self.together_progress(first) {
             tracing::error!(error = format!("{e:#}"), "processes that leave");
@@ -222,10 +212,8 @@ impl Home {
         };
         tracing::info!(pid = first, why, "stays at home");
         self.ungroup(group.members.iter().copied());
-        match group.done {
-            Some(done) => {
-                let _ = done.send(Err(format!("process {first} stays at home: {why}")));
-            }
+        match group.wish {
+            Some(wish) => wish.fail(format!("process {first} stays at home: {why}")),
             None => {
                 if let Some(process) = self.processes.get_mut(&first) {
                     process.stay = Some(StayReason::NoNode(why.to_string()));
@@ -250,8 +238,8 @@ impl Home {
             return Ok(());
         };
         self.ungroup(group.members.iter().copied());
-        if let (Some(done), Some(process)) = (group.done, self.processes.get_mut(&busy)) {
-            process.after_vfork.push((first, group.node, done));
+        if let (Some(wish), Some(process)) = (group.wish, self.processes.get_mut(&busy)) {
+            process.after_vfork.push((first, wish));
         }
         release(group.held.into_values().collect())
     }
@@ -276,10 +264,10 @@ impl Home {
                 stopped.push((pid, threads));
                 continue;
             }
-            let (threads, result) = self.describe(pid, threads);
+            let (threads, result) = self.describe(pid, threads, false);
             stopped.push((pid, threads));
             match result {
-                Ok((image, files)) => described.push(Member { image, files }),
+                Ok((image, files)) => described.push(Description { image, files }),
                 Err(e) => failed = Some(format!("process {pid}: {e:#}")),
             }
         }
@@ -292,7 +280,7 @@ impl Home {
         }
         if described.iter().any(|m| crate::outward::waits(&m.image)) {
             self.ungroup(group.members.iter().copied());
-            return self.try_again(first, group.node, group.done, group.tries, tokens(stopped));
+            return self.again_together(first, group.wish, tokens(stopped));
         }
         for (pid, threads) in stopped {
             if let Some(process) = self.processes.get_mut(&pid) {
@@ -301,14 +289,14 @@ impl Home {
         }
         let sent = Sent {
             node: group.node,
-            done: group.done,
+            wish: group.wish,
             members: group.members.into_iter().collect(),
         };
         let shared = self.shared.clone();
         crate::contact::spawn("launch", move || {
             let result = shared.contact(sent.node).and_then(|link| {
-                transfer(&shared, &link, first, described).map_err(|e| format!("{e:#}"))?;
-                Ok(link)
+                let report = transfer(&link, first, described).map_err(|e| format!("{e:#}"))?;
+                Ok((link, report))
             });
             shared.post(Command::TogetherReady(Box::new(sent), result));
         });
@@ -316,7 +304,11 @@ impl Home {
     }
 
     /// All guests of a group stand ready on their node, or were refused.
-    pub(crate) fn together_ready(&mut self, sent: Sent, result: Result<Link, String>) -> anyhow::Result<()> {
+    pub(crate) fn together_ready(
+        &mut self,
+        sent: Sent,
+        result: Result<(Link, MoveReport), String>,
+    ) -> anyhow::Result<()> {
         let node = sent.node;
         self.ungroup(sent.members.iter().copied());
         let mut whole = Vec::new();
@@ -331,8 +323,8 @@ impl Home {
                 other => process.mode = other,
             }
         }
-        let link = match result {
-            Ok(link) => link,
+        let (link, report) = match result {
+            Ok(sent) => sent,
             Err(why) => return self.stay_together(sent, &why, whole),
         };
         let discard = |pid: i32| send(&link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
@@ -365,17 +357,15 @@ impl Home {
         let mut gone = Vec::new();
         for (pid, one) in prepared {
             match one.settle() {
-                Ok((vessel, parts)) => {
+                Ok((vessel, mut parts)) => {
+                    let pending = std::mem::take(&mut parts.pending);
                     self.furnish(pid, parts);
-                    if let Some(process) = self.processes.get_mut(&pid) {
-                        process.stay = None;
-                        process.how = if sent.done.is_some() {
-                            "asked"
-                        } else {
-                            "placed at exec"
-                        };
-                        process.mode = Mode::Away(Away::new(vessel, node, link.clone()));
-                    }
+                    let how = if sent.wish.is_some() {
+                        "asked"
+                    } else {
+                        "placed at exec"
+                    };
+                    self.is_away(vessel, pending, node, &link, how);
                     self.publish(pid);
                     gone.push(pid);
                 }
@@ -388,8 +378,8 @@ impl Home {
         for pid in gone {
             send(&link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));
         }
-        if let Some(done) = sent.done {
-            let _ = done.send(Ok(()));
+        if let Some(wish) = sent.wish {
+            wish.fulfil(report);
         }
         Ok(())
     }
@@ -409,8 +399,8 @@ impl Home {
             self.publish(pid);
             release(threads)?;
         }
-        if let Some(done) = sent.done {
-            let _ = done.send(Err(why.to_string()));
+        if let Some(wish) = sent.wish {
+            wish.fail(why.to_string());
         }
         Ok(())
     }
@@ -456,7 +446,7 @@ fn one_memory(members: &BTreeSet<i32>) -> Option<String> {
 }
 
 /// Sends a group and waits until all of it stands ready.
-fn transfer(shared: &Arc<Shared>, link: &Link, first: i32, members: Vec<Member>) -> anyhow::Result<()> {
+fn transfer(link: &Link, first: i32, members: Vec<Description>) -> anyhow::Result<MoveReport> {
     let objects = SharedObjects::of(members.iter().map(|m| (reached_by(&m.image), &m.image)));
     for member in &members {
         let pid = member.image.pid;
@@ -484,18 +474,28 @@ fn transfer(shared: &Arc<Shared>, link: &Link, first: i32, members: Vec<Member>)
         })
         .context("shared memory")?;
     let mut sent = Vec::new();
-    for member in members {
+    let mut report = MoveReport {
+        mode: wire::Mode::Freeze,
+        ..MoveReport::default()
+    };
+    for mut member in members {
         let pid = member.image.pid;
         sent.push(pid);
-        let image = member.image;
-        if let Err(e) = crate::launch::transfer(shared, link, pid, image, member.files) {
+        member.leave_pending();
+        let mut own = MoveReport::default();
+        let result = shim::capture::all_runs(pid, &member.image.areas)
+            .context("page map")
+            .and_then(|runs| road::send_process(link, member, &runs, None, &mut Writer::default(), &mut own));
+        if let Err(e) = result {
             for pid in sent {
                 send(link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
             }
             return Err(e.context(format!("process {pid}")));
         }
+        report.times += own.times;
+        report.pages += own.pages;
     }
-    Ok(())
+    Ok(report)
 }
 
 fn reached_by(image: &ProcessImage) -> i32 {

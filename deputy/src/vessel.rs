@@ -3,20 +3,23 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use crossbeam_channel::Sender;
-use linklayer::image::{AreaKind, ProcessImage, SigAction};
+use linklayer::image::{AreaKind, ProcessImage, SigAction, SigInfo};
 use linklayer::stay::StayReason;
 use linklayer::syscall::CallView;
-use linklayer::wire::{self, FileRef, Kind};
+use linklayer::wire::{self, FileRef, Kind, MoveReport};
 use shim::ptrace::{self, Stop, Stopped};
 use shim::vessel::{Slot, Vessel};
 
 use crate::calls::{self, Worker};
 use crate::home::Home;
 use crate::launch::Namer;
+use crate::outward::Done;
 use crate::process::{Away, Cloning, Mode, Process, Role, Task, send};
 use crate::shared::ReplyTo;
 use crate::signals;
+
+/// A vessel, and the signals that were pending for single threads of its process.
+type Emptied = (Vessel, Vec<(i32, SigInfo)>);
 
 /// ERESTARTNOINTR: a call that was not begun is made again, unseen (include/linux/errno.h).
 const NOT_BEGUN: i64 = -513;
@@ -27,10 +30,11 @@ impl Home {
         &mut self,
         pid: i32,
         mut threads: Vec<Stopped>,
+        tracked: bool,
     ) -> (Vec<Stopped>, anyhow::Result<(ProcessImage, Vec<FileRef>)>) {
         let shared = self.shared.clone();
         let mut namer = Namer::new(&shared, pid);
-        let described = shim::capture::describe(pid, &mut threads, 0, |f| {
+        let described = shim::capture::describe_tracked(pid, &mut threads, 0, tracked, |f| {
             namer
                 .name(f.start, f.end, f.dev, f.ino, f.path)
                 .map_err(|e| format!("{e:#}"))
@@ -51,14 +55,15 @@ impl Home {
         &mut self,
         pid: i32,
         mut threads: Vec<Stopped>,
-    ) -> Result<Vessel, (Vec<Stopped>, shim::vessel::VesselError)> {
+    ) -> Result<Emptied, (Vec<Stopped>, shim::vessel::VesselError)> {
         set_options(&mut threads, Home::vessel_options());
-        let (vessel, parts) = Vessel::convert_all(threads, &self.arena).map_err(|(mut whole, e)| {
+        let (vessel, mut parts) = Vessel::convert_all(threads, &self.arena).map_err(|(mut whole, e)| {
             set_options(&mut whole, Home::options());
             (whole, e)
         })?;
+        let pending = std::mem::take(&mut parts.pending);
         self.furnish(pid, parts);
-        Ok(vessel)
+        Ok((vessel, pending))
     }
 
     /// Takes the threads of a new vessel into the books.
@@ -96,8 +101,13 @@ impl Home {
         match stopped.stop() {
             Stop::Signal(sig) => self.vessel_signal(pid, tid, sig, stopped),
             Stop::Group(_) => {
-                if let Some(task) = self.tasks.get_mut(&tid) {
-                    task.group_stopped = true;
+                let task = self.tasks.get_mut(&tid).context("thread of the vessel")?;
+                task.group_stopped = true;
+                if let Some(seq) = task.interrupting.take()
+                    && let Some(worker) = self.shared.worker(tid)
+                    && *worker.current.lock() == Some(seq)
+                {
+                    Vessel::withdraw_call(&mut stopped, &worker.slot)?;
                 }
                 stopped.listen()?;
                 let process = self.processes.get_mut(&pid).context("process of the vessel")?;
@@ -106,7 +116,7 @@ impl Home {
                 let parked = std::mem::take(&mut away.parked);
                 if !away.frozen {
                     away.frozen = true;
-                    send(&away.link, pid, Kind::Freeze, &wire::encode(&wire::Pid(pid)));
+                    away.say_frozen(pid);
                 }
                 // Stopped anew before they could go on: the kernel stops them at once.
                 for worker in parked {
@@ -149,7 +159,7 @@ impl Home {
         };
         if away.frozen {
             away.frozen = false;
-            send(&away.link, pid, Kind::Thaw, &wire::encode(&wire::Pid(pid)));
+            away.say_frozen(pid);
         }
         if catcher {
             return Ok(stopped.cont(0)?);
@@ -309,7 +319,10 @@ impl Home {
         if flags & libc::CLONE_VM as u64 != 0 {
             vessel.memory = memory;
         }
-        let mut born = Process::new(child, Mode::Away(Away::new(vessel, node, reply.link.clone())));
+        let mut born = Process::new(
+            child,
+            Mode::Away(Box::new(Away::new(vessel, node, reply.link.clone()))),
+        );
         born.actions = actions;
         born.how = "forked there";
         self.processes.insert(child, born);
@@ -469,21 +482,22 @@ impl Home {
 
     // --- coming home
 
-    pub(crate) fn bring(
-        &mut self,
-        pid: i32,
-        reason: StayReason,
-        done: Sender<Result<(), String>>,
-    ) -> anyhow::Result<()> {
+    pub(crate) fn bring(&mut self, pid: i32, reason: StayReason, done: Done) -> anyhow::Result<()> {
         let Some(process) = self.processes.get_mut(&pid) else {
             let _ = done.send(Err(format!("process {pid} is not one of this job")));
             return Ok(());
         };
         match &process.mode {
             Mode::Native => {
-                let _ = done.send(Ok(()));
+                let _ = done.send(Ok(MoveReport::default()));
             }
             Mode::Launching(..) => {
+                let _ = done.send(Err(format!("process {pid} is being moved at this moment")));
+            }
+            Mode::Away(away) if away.frozen => {
+                let _ = done.send(Err(format!("process {pid} is stopped; continue it first")));
+            }
+            Mode::Away(_) if process.hop.is_some() => {
                 let _ = done.send(Err(format!("process {pid} is being moved at this moment")));
             }
             Mode::Away(away) => {

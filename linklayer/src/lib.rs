@@ -4,6 +4,7 @@ pub mod cpu;
 pub mod frame;
 pub mod image;
 pub mod memory;
+pub mod pages;
 pub mod quic;
 pub mod session;
 pub mod stay;

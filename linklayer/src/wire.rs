@@ -8,7 +8,11 @@
 //! Lanes: a guest thread's calls travel on the lane with its tid; what concerns a whole process travels on the
 //! lane of its pid; lane 0 is the job's.
 
+mod moves;
+
 use bincode::{Decode, Encode};
+
+pub use moves::*;
 
 use crate::image::ProcessImage;
 
@@ -65,6 +69,8 @@ pub enum Kind {
     Homecoming = 11,
     /// Pages of a process that moves: u64 address (little-endian) and the bytes, in either direction.
     Pages = 12,
+    /// The same compressed (see [`crate::pages`]).
+    PackedPages = 44,
     /// Pages of memory that processes that move share: u64 id of the [`SharedObject`], u64 offset (little-endian) and the
     /// bytes, in either direction. On the lane of the process that announced the object.
     SharedPages = 50,
@@ -87,6 +93,20 @@ pub enum Kind {
     LaunchGo = 33,
     /// Deputy to supervisor: all pages were sent, build it ([`Pid`]); answer [`LaunchReady`].
     LaunchBuild = 42,
+    /// To a supervisor, before [`Kind::LaunchBuild`]: which of the pages that were sent count ([`Present`]); several of these are
+    /// one list.
+    Present = 45,
+    /// Supervisor to deputy: the guest stands still, so keep back what arrives for it ([`Pid`]); answer [`Errno`]. It ends with
+    /// the move, or with [`Kind::MoveFailed`].
+    KeepBack = 46,
+    /// Deputy to supervisor: a process is going to come on a link of its own ([`Listen`]); answer [`Listening`].
+    Listen = 47,
+    /// Deputy to supervisor: send a process to another node ([`MoveTo`]).
+    MoveTo = 48,
+    /// Supervisor to deputy: a process stands ready at the other node ([`Moved`]); answer [`Errno`].
+    Moved = 49,
+    /// Supervisor to deputy: how far a move has got ([`Progress`]).
+    Progress = 52,
     /// Deputy to supervisor: a signal for a guest ([`Signal`]).
     Signal = 34,
     /// Deputy to supervisor: stop ([`Pid`]): the vessel was stopped by a signal.
@@ -114,7 +134,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_u16(n: u16) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 32] = [
+        const ALL: [Kind; 39] = [
             Call,
             Clone,
             Exec,
@@ -147,6 +167,13 @@ impl Kind {
             LaunchBuild,
             ReadProc,
             Clock,
+            PackedPages,
+            Present,
+            KeepBack,
+            Listen,
+            MoveTo,
+            Moved,
+            Progress,
         ];
         ALL.into_iter().find(|k| *k as u16 == n)
     }
@@ -418,7 +445,9 @@ pub struct Synthetic {
 pub struct MoveFailed {
     /// Process.
     pub pid: i32,
-    /// Phase and reason in words.
+    /// In which part of the move.
+    pub phase: Phase,
+    /// The reason in words.
     pub why: String,
 }
 
@@ -457,6 +486,8 @@ pub struct Launch {
     pub files: Vec<FileRef>,
     /// Host name of home.
     pub hostname: Vec<u8>,
+    /// Overrun counts of the timer signals that it took last, by timer.
+    pub overruns: Vec<(i32, i32)>,
 }
 
 /// Answer to [`Launch`]: 0, or why it can not run there.
@@ -464,6 +495,8 @@ pub struct Launch {
 pub struct LaunchReady {
     /// Empty when it may run there.
     pub refused: String,
+    /// How long building it took, microseconds.
+    pub restore_us: u64,
 }
 
 /// A signal on its way to a guest.
@@ -502,7 +535,7 @@ mod tests {
             }
         }
         assert!(Kind::from_u16(0).is_none());
-        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 32);
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 39);
     }
 
     #[test]

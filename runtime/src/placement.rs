@@ -222,6 +222,12 @@ fn join(parts: impl Iterator<Item = String>) -> String {
     parts.collect::<Vec<_>>().join(", ")
 }
 
+/// Nodes for a process that is to leave where it is (`now`; 0 for home), the best first. Home is none of them.
+pub fn elsewhere(nodes: &[NodeState], now: u32) -> Vec<u32> {
+    let ranked = ranked(nodes, f64::INFINITY);
+    ranked.into_iter().filter(|number| *number != now).collect()
+}
+
 fn best(nodes: &[NodeState]) -> Vec<Place> {
     let home = nodes.iter().find(|n| n.is_self);
     let home_cost = match home {
@@ -232,6 +238,15 @@ fn best(nodes: &[NodeState]) -> Vec<Place> {
         },
         None => return vec![Place::Home],
     };
+    ranked(nodes, home_cost)
+        .into_iter()
+        .map(Place::Node)
+        .chain([Place::Home])
+        .collect()
+}
+
+/// The other nodes that take a program and are cheaper than that, the cheapest first.
+fn ranked(nodes: &[NodeState], most: f64) -> Vec<u32> {
     let mut away: Vec<(f64, &NodeState)> = nodes
         .iter()
         .filter(|n| !n.is_self && n.status == NodeStatus::Alive)
@@ -242,7 +257,7 @@ fn best(nodes: &[NodeState]) -> Vec<Place> {
                 .is_some_and(|l| l.memory_free_bytes >= MIN_FREE_MEMORY_BYTES && l.admits)
         })
         .filter_map(|n| cost(n).map(|c| (c, n)))
-        .filter(|(c, _)| *c < home_cost)
+        .filter(|(c, _)| *c < most)
         .collect();
     away.sort_by(|(a, x), (b, y)| {
         let spare = |n: &NodeState| {
@@ -254,10 +269,7 @@ fn best(nodes: &[NodeState]) -> Vec<Place> {
             .then_with(|| spare(x).total_cmp(&spare(y)))
             .then_with(|| x.number.cmp(&y.number))
     });
-    away.iter()
-        .map(|(_, n)| Place::Node(n.number))
-        .chain([Place::Home])
-        .collect()
+    away.iter().map(|(_, n)| n.number).collect()
 }
 
 /// How long a program of one thread that would take one second on an idle reference core takes on this node, in seconds.

@@ -19,6 +19,7 @@ pub mod restore;
 pub mod shared_memory;
 pub mod signal;
 pub mod startup;
+pub mod track;
 pub mod vdso;
 pub mod vessel;
 pub mod xstate;

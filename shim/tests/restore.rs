@@ -60,7 +60,7 @@ fn build_sharing(cage: &Cage, captured: &Captured, shared: Option<&File>) -> Reb
             Backing::File(id) => inside.get(id as usize).copied(),
             Backing::Shared(_) => inside.get(captured.files.len()).copied(),
         },
-        &captured.pages,
+        captured.pages.iter().map(|(at, data)| (*at, data.as_slice())),
     )
     .unwrap()
 }

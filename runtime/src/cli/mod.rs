@@ -5,6 +5,7 @@ pub mod adopt;
 pub mod cluster;
 pub mod docs;
 pub mod info;
+pub mod migrate;
 pub mod mon;
 pub mod mosctl;
 pub mod mosd;

@@ -10,8 +10,9 @@ use super::adopt::{AdoptArgs, ReleaseArgs};
 use super::cluster::ClusterCommand;
 use super::docs::{CompletionsArgs, ManArgs};
 use super::info::{CheckArgs, SyscallsArgs};
+use super::migrate::MigrateArgs;
 use super::mon::MonArgs;
-use super::ps::{MigrateArgs, PsArgs};
+use super::ps::PsArgs;
 use super::status::StatusArgs;
 use crate::lab::LabCommand;
 
@@ -166,6 +167,8 @@ mod tests {
             "mosctl ps -v --json",
             "mosctl migrate 12 home",
             "mosctl migrate 12 3",
+            "mosctl migrate --mode precopy -v 12 out",
+            "mosctl migrate -J 1.2.3 freeze",
             "mosctl mon --interval 0.5 --once",
             "mosctl check",
             "mosctl syscalls --markdown",
@@ -181,8 +184,8 @@ mod tests {
             "mosctl cluster join",
             "mosctl cluster invite --expires never",
             "mosctl cluster invite --address here",
-            "mosctl migrate x home",
-            "mosctl migrate 12",
+            "mosctl migrate",
+            "mosctl migrate 12 3 4",
             "mosctl mon --interval 0",
             "mosctl completions csh",
             "mosctl frobnicate",

@@ -1,17 +1,15 @@
-//! `mosps` and `mosmigrate`: looking at the processes of jobs, and moving them.
+//! `mosps`: looking at the processes of jobs.
 
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::bail;
 use clap::Args;
 use serde::Serialize;
 
 use super::table::{Align, Table, bytes, cpu_time, rate};
 use crate::control::Client;
 use crate::jobs::{Arrival, HOME, JobInfo, ProcInfo, client};
-use crate::placement::{NodeRef, Place, Want, place};
 
 /// List the processes of your jobs (root: of all jobs of this node), and where they run
 #[derive(Debug, Args)]
@@ -23,17 +21,6 @@ pub struct PsArgs {
     /// Show threads, caching and moves as well
     #[arg(long, short)]
     verbose: bool,
-}
-
-/// Move a process to a node, or home; returns when it is there
-#[derive(Debug, Args)]
-pub struct MigrateArgs {
-    /// The process (or its mosrun)
-    pid: u32,
-
-    /// Where to: a node's number, name, host name or address; or "home"
-    #[arg(value_name = "NODE|home")]
-    to: String,
 }
 
 /// A process as `mosps --json` shows it.
@@ -160,33 +147,6 @@ impl PsArgs {
         } else {
             write_table(&mut out, &jobs, &names, self.verbose)?;
         }
-        Ok(ExitCode::SUCCESS)
-    }
-}
-
-impl MigrateArgs {
-    /// Carries the command out.
-    ///
-    /// # Errors
-    /// What went wrong, for a person; the process is where it was, unless the message says otherwise.
-    pub fn run(self) -> anyhow::Result<ExitCode> {
-        let (socket, _, pid) = client::find(&client::rundirs(), self.pid)?;
-        let to = match self.to.as_str() {
-            "home" => HOME,
-            text => {
-                let Ok(node) = text.parse::<NodeRef>();
-                let nodes = match node {
-                    NodeRef::Number(HOME) => Vec::new(),
-                    _ => Client::connect()?.nodes()?,
-                };
-                match place(&Want::Node(node), &nodes, 0)?.first() {
-                    Some(Place::Node(number)) => *number,
-                    Some(Place::Home) => HOME,
-                    None => bail!("there is no such place"),
-                }
-            }
-        };
-        client::migrate(&socket, pid, to)?;
         Ok(ExitCode::SUCCESS)
     }
 }

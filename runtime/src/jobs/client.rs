@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use linklayer::wire::{Mode, MoveReport, Progress};
 use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
 
 use super::{JobAnswer, JobInfo, JobRequest};
@@ -60,6 +61,15 @@ fn ask(
     request: &JobRequest,
     timeout: Duration,
 ) -> Result<(JobAnswer, UnixCredentials), JobError> {
+    ask_telling(path, request, timeout, &mut |_| {})
+}
+
+fn ask_telling(
+    path: &Path,
+    request: &JobRequest,
+    timeout: Duration,
+    tell: &mut dyn FnMut(&Progress),
+) -> Result<(JobAnswer, UnixCredentials), JobError> {
     let connect = |source| JobError::Connect {
         path: path.to_owned(),
         source,
@@ -71,9 +81,12 @@ fn ask(
         .set_write_timeout(Some(LIST_TIMEOUT))
         .map_err(CodecError::from)?;
     codec::write_message(&mut stream, request)?;
-    match codec::read_message(&mut stream, MAX_MESSAGE)? {
-        JobAnswer::Refused(why) => Err(JobError::Refused(why)),
-        answer => Ok((answer, peer)),
+    loop {
+        match codec::read_message(&mut stream, MAX_MESSAGE)? {
+            JobAnswer::Refused(why) => return Err(JobError::Refused(why)),
+            JobAnswer::Progress(progress) => tell(&progress),
+            answer => return Ok((answer, peer)),
+        }
     }
 }
 
@@ -99,12 +112,30 @@ pub fn list(path: &Path) -> Result<JobInfo, JobError> {
     Ok(job)
 }
 
-/// Asks the job at `path` to move one of its processes; returns when it has arrived.
+/// Asks the job at `path` to move one of its processes; returns when it has arrived. `tell` hears how far it is.
 ///
 /// # Errors
 /// See [`JobError`].
-pub fn migrate(path: &Path, pid: u32, to: u32) -> Result<(), JobError> {
-    match ask(path, &JobRequest::Migrate { pid, to }, MIGRATE_TIMEOUT)?.0 {
+pub fn migrate(
+    path: &Path,
+    pid: u32,
+    to: u32,
+    mode: Mode,
+    tell: &mut dyn FnMut(&Progress),
+) -> Result<MoveReport, JobError> {
+    let request = JobRequest::Migrate { pid, to, mode };
+    match ask_telling(path, &request, MIGRATE_TIMEOUT, tell)?.0 {
+        JobAnswer::Moved(report) => Ok(report),
+        _ => Err(JobError::OutOfTurn),
+    }
+}
+
+/// Asks the job at `path` to stop one of its processes where it is, or to let it go on.
+///
+/// # Errors
+/// See [`JobError`].
+pub fn freeze(path: &Path, pid: u32, stop: bool) -> Result<(), JobError> {
+    match ask(path, &JobRequest::Freeze { pid, stop }, LIST_TIMEOUT)?.0 {
         JobAnswer::Done => Ok(()),
         _ => Err(JobError::OutOfTurn),
     }
@@ -223,11 +254,32 @@ mod tests {
         fn list(&self) -> JobInfo {
             self.0.clone()
         }
-        fn migrate(&self, pid: u32, to: u32) -> Result<(), String> {
+        fn migrate(
+            &self,
+            pid: u32,
+            to: u32,
+            mode: Mode,
+            tell: &mut dyn FnMut(Progress),
+        ) -> Result<MoveReport, String> {
             if pid == 12 && to == HOME {
-                Ok(())
+                tell(Progress {
+                    pid: 12,
+                    left: 5,
+                    ..Progress::default()
+                });
+                Ok(MoveReport {
+                    mode,
+                    ..MoveReport::default()
+                })
             } else {
                 Err(format!("{pid} stays"))
+            }
+        }
+        fn freeze(&self, pid: u32, stop: bool) -> Result<(), String> {
+            if pid == 12 && stop {
+                Ok(())
+            } else {
+                Err(format!("{pid} is not frozen"))
             }
         }
         fn release(&self) -> Result<(), String> {
@@ -275,8 +327,13 @@ mod tests {
         let server = JobServer::start(&rundir::job_socket(&dir, 11), Arc::new(fake)).unwrap();
         let (path, job, pid) = find(&dirs, 10).unwrap();
         assert_eq!((&*path, &job, pid), (server.path(), &info, 12));
-        migrate(&path, pid, HOME).unwrap();
-        assert!(matches!(migrate(&path, pid, 3), Err(JobError::Refused(why)) if why == "12 stays"));
+        let mut heard = 0;
+        let report = migrate(&path, pid, HOME, Mode::Freeze, &mut |p| heard += p.left).unwrap();
+        assert_eq!((report.mode, heard), (Mode::Freeze, 5));
+        freeze(&path, pid, true).unwrap();
+        assert!(freeze(&path, pid, false).is_err());
+        let refused = migrate(&path, pid, 3, Mode::Auto, &mut |_| {});
+        assert!(matches!(refused, Err(JobError::Refused(why)) if why == "12 stays"));
         assert!(matches!(release(&path), Err(JobError::Refused(why)) if why == "13 is away"));
         assert!(matches!(find(&dirs, 99), Err(JobError::NoSuchProcess(99))));
         drop(server);

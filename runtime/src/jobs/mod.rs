@@ -10,6 +10,7 @@ mod server;
 pub use server::{JobControl, JobServer};
 
 use bincode::{Decode, Encode};
+use linklayer::wire::{Mode, MoveReport, Progress};
 use serde::{Deserialize, Serialize};
 
 use crate::job_id::JobId;
@@ -144,6 +145,15 @@ pub enum JobRequest {
         pid: u32,
         /// Where to.
         to: u32,
+        /// How.
+        mode: Mode,
+    },
+    /// Stop process `pid` where it is, or let it go on.
+    Freeze {
+        /// The process.
+        pid: u32,
+        /// Stop it.
+        stop: bool,
     },
     /// Let all processes of the job go. Answered when that is done; the job is over then.
     Release,
@@ -154,6 +164,10 @@ pub enum JobRequest {
 pub enum JobAnswer {
     /// To [`JobRequest::List`].
     Job(JobInfo),
+    /// To [`JobRequest::Migrate`], before the answer, any number of times: how far it is.
+    Progress(Progress),
+    /// To [`JobRequest::Migrate`]: the process is there.
+    Moved(MoveReport),
     /// It was done.
     Done,
     /// It was not done, and the process is where it was; the text says why.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use linklayer::wire::{Mode, MoveReport, Progress};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use super::{JobAnswer, JobInfo, JobRequest};
@@ -25,11 +26,23 @@ pub trait JobControl: Send + Sync + 'static {
     /// Describes the job.
     fn list(&self) -> JobInfo;
 
-    /// Moves a process, and returns when it has arrived.
+    /// Moves a process, and returns when it has arrived. `tell` is called now and then while that takes.
     ///
     /// # Errors
     /// Why it is still where it was, for a person to read.
-    fn migrate(&self, pid: u32, to: u32) -> Result<(), String>;
+    fn migrate(
+        &self,
+        pid: u32,
+        to: u32,
+        mode: Mode,
+        tell: &mut dyn FnMut(Progress),
+    ) -> Result<MoveReport, String>;
+
+    /// Stops a process where it is, or lets it go on.
+    ///
+    /// # Errors
+    /// Why that cannot be done.
+    fn freeze(&self, pid: u32, stop: bool) -> Result<(), String>;
 
     /// Lets all processes of the job go.
     ///
@@ -146,7 +159,17 @@ fn serve(mut stream: UnixStream, control: &dyn JobControl) -> Result<(), CodecEr
         };
         let answer = match request {
             JobRequest::List => JobAnswer::Job(control.list()),
-            JobRequest::Migrate { pid, to } => match control.migrate(pid, to) {
+            JobRequest::Migrate { pid, to, mode } => {
+                let mut tell = |progress| {
+                    // Who does not listen any more hears of it at the answer.
+                    let _ = codec::write_message(&mut stream, &JobAnswer::Progress(progress));
+                };
+                match control.migrate(pid, to, mode, &mut tell) {
+                    Ok(report) => JobAnswer::Moved(report),
+                    Err(why) => JobAnswer::Refused(why),
+                }
+            }
+            JobRequest::Freeze { pid, stop } => match control.freeze(pid, stop) {
                 Ok(()) => JobAnswer::Done,
                 Err(why) => JobAnswer::Refused(why),
             },

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
+use crossbeam_channel::RecvTimeoutError;
 use deputy::{Cluster, Deputy, Shared};
 use linklayer::cpu;
 use linklayer::frame::Header;
@@ -352,6 +353,10 @@ impl Cluster for Placer {
     }
 }
 
+/// How long a move may take until nobody waits for it any more, and how often it is told how far it is.
+const MOVE_TIMEOUT: Duration = Duration::from_secs(580);
+const PROGRESS_PERIOD: Duration = Duration::from_millis(500);
+
 /// The job as `mosps` and `mosmigrate` see it.
 struct Control {
     shared: Arc<Shared>,
@@ -403,6 +408,8 @@ impl JobControl for Control {
                     cpu_ms: stat.cpu_ms + there.map_or(0, |g| g.utime_ms + g.stime_ms),
                     counters: Counters {
                         calls_forwarded: view.forwarded,
+                        moves_out: view.moves_out,
+                        moves_home: view.moves_home,
                         ..Counters::default()
                     },
                     calls_per_s: if seconds > 0.01 {
@@ -431,15 +438,46 @@ impl JobControl for Control {
         }
     }
 
-    fn migrate(&self, pid: u32, to: u32) -> Result<(), String> {
+    fn migrate(
+        &self,
+        pid: u32,
+        to: u32,
+        mode: wire::Mode,
+        tell: &mut dyn FnMut(wire::Progress),
+    ) -> Result<wire::MoveReport, String> {
+        let number = pid as i32;
         let (done, wait) = crossbeam_channel::bounded(1);
         self.shared.post(if to == crate::jobs::HOME || to == self.home {
-            deputy::Command::Bring(pid as i32, StayReason::Asked, done)
+            deputy::Command::Bring(number, StayReason::Asked, done)
         } else {
-            deputy::Command::Out(pid as i32, to, done, None)
+            deputy::Command::Out(number, Box::new(deputy::Wish::new(to, mode, done)))
         });
-        wait.recv_timeout(Duration::from_secs(300))
-            .map_err(|_| format!("process {pid} did not arrive in 300 s"))?
+        let until = Instant::now() + MOVE_TIMEOUT;
+        let mut told = None;
+        while Instant::now() < until {
+            match wait.recv_timeout(PROGRESS_PERIOD) {
+                Ok(outcome) => return outcome,
+                Err(RecvTimeoutError::Timeout) => {
+                    let progress = self.shared.progress.lock().get(&number).cloned();
+                    if let Some(progress) = progress.filter(|p| told.as_ref() != Some(p)) {
+                        tell(progress.clone());
+                        told = Some(progress);
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err("the deputy ends".into()),
+            }
+        }
+        let seconds = MOVE_TIMEOUT.as_secs();
+        Err(format!(
+            "process {pid} did not arrive in {seconds} s; it may still do so"
+        ))
+    }
+
+    fn freeze(&self, pid: u32, stop: bool) -> Result<(), String> {
+        let (done, wait) = crossbeam_channel::bounded(1);
+        self.shared.post(deputy::Command::Freeze(pid as i32, stop, done));
+        wait.recv_timeout(Duration::from_secs(30))
+            .map_err(|_| format!("process {pid} did not stop within 30 s"))?
     }
 
     fn release(&self) -> Result<(), String> {

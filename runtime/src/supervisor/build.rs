@@ -19,11 +19,15 @@ use super::guest::{Guest, Thread};
 use super::notify::{Pool, Turn};
 use super::tracer::{Traced, Tracer};
 
+/// Most timers whose overruns come with a process.
+const MAX_TIMERS: usize = 64;
+
 impl Tracer {
     /// Builds a guest and says whether it could run.
     pub(super) fn build(&mut self, build: Build) -> anyhow::Result<()> {
         let answer = build.answer.clone();
         let pid = build.launch.image.pid;
+        let begun = build.begun;
         let refused = match self.build_guest(build) {
             Ok(()) => String::new(),
             Err(e) => {
@@ -32,8 +36,10 @@ impl Tracer {
             }
         };
         self.shared.objects.forget(pid);
-        self.shared
-            .answer(&answer, &wire::encode(&wire::LaunchReady { refused }));
+        answer.send(&wire::encode(&wire::LaunchReady {
+            refused,
+            restore_us: begun.elapsed().as_micros() as u64,
+        }));
         Ok(())
     }
 
@@ -45,6 +51,7 @@ impl Tracer {
             ahead,
             ..
         } = build;
+        self.shared.remember_home(&launch);
         let image = launch.image;
         let pid = image.pid;
         if self.cage.is_none() {
@@ -93,9 +100,9 @@ impl Tracer {
         else {
             anyhow::bail!("the new process died");
         };
-        let mut built =
-            shim::restore::rebuild(stopped, &image, &|backing| inside.get(&backing).copied(), &pages)
-                .context("rebuilding the process")?;
+        let inside = |backing| inside.get(&backing).copied();
+        let mut built = shim::restore::rebuild(stopped, &image, &inside, pages.runs())
+            .context("rebuilding the process")?;
         let pid_here = built.pid();
         let installed =
             shim::filter::install(pid_here, false, |nr, args| built.raw(nr, args)).context("filter")?;
@@ -117,6 +124,9 @@ impl Tracer {
             key,
             image.actions.clone(),
         )?);
+        for (timer, overrun) in launch.overruns.into_iter().take(MAX_TIMERS) {
+            guest.overruns.lock().put(timer, overrun);
+        }
         self.shared.guests.write().insert(pid, guest.clone());
         let outer = std::iter::once(blank.outer_pid).chain(others);
         for (outer, tid) in outer.zip(image.threads.iter().map(|t| t.tid)) {

@@ -3,108 +3,81 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use linklayer::cpu;
 use linklayer::frame::Header;
 use linklayer::image::Clocks;
+use linklayer::pages::Kept;
 use linklayer::quic::{Handler, Link, LinkError};
 use linklayer::wire::{self, Kind};
-use parking_lot::Mutex;
 
 use super::files::Stored;
 use super::shared::{Answer, Command, Shared};
-
-/// Most bytes of pages that may wait for one process that is being built.
-const MAX_PAGES_BYTES: usize = 8 << 30;
 
 /// Everything needed to build a guest.
 pub struct Build {
     /// The process.
     pub launch: wire::Launch,
     /// Its pages that are not as in a file.
-    pub pages: Vec<(u64, Vec<u8>)>,
+    pub pages: Kept,
     /// The files it maps, by number.
     pub files: HashMap<u64, Arc<Stored>>,
     /// How far home's clocks are ahead of this node's.
     pub ahead: Clocks,
+    /// When everything had come.
+    pub begun: Instant,
     /// Where to say how it went.
     pub answer: Answer,
-}
-
-struct Incoming {
-    launch: wire::Launch,
-    pages: Vec<(u64, Vec<u8>)>,
-    bytes: usize,
 }
 
 /// The supervisor's end of the contact.
 pub struct Contact {
     shared: Arc<Shared>,
-    incoming: Mutex<HashMap<i32, Incoming>>,
 }
 
 impl Contact {
     /// For this supervisor.
     pub fn new(shared: Arc<Shared>) -> Contact {
-        Contact {
-            shared,
-            incoming: Mutex::default(),
-        }
+        Contact { shared }
     }
 
-    fn dispatch(&self, lane: u32, header: Header, payload: Vec<u8>) -> Result<(), String> {
+    fn dispatch(&self, link: &Link, lane: u32, header: Header, payload: Vec<u8>) -> Result<(), String> {
         fn body<T: bincode::Decode<()>>(payload: &[u8]) -> Result<T, String> {
             wire::decode(payload).map_err(|e| e.to_string())
         }
         let kind = Kind::from_u16(header.kind).ok_or_else(|| format!("unknown kind {}", header.kind))?;
         let shared = &self.shared;
         match kind {
-            Kind::Launch => {
-                let launch: wire::Launch = body(&payload)?;
-                launch.image.validate().map_err(|e| e.to_string())?;
-                let pid = launch.image.pid;
-                self.incoming.lock().insert(
-                    pid,
-                    Incoming {
-                        launch,
-                        pages: Vec::new(),
-                        bytes: 0,
-                    },
-                );
+            Kind::Launch | Kind::Pages | Kind::PackedPages | Kind::Present | Kind::LaunchBuild => {
+                shared
+                    .arrivals
+                    .frame(shared, link, (lane, header), kind, &payload)?;
             }
-            Kind::Pages => {
-                let Some((address, data)) = payload.split_first_chunk::<8>() else {
-                    return Err("pages without an address".into());
+            Kind::Listen => {
+                let listening = shared.arrivals.listen(shared, body(&payload)?);
+                let answer = Answer {
+                    link: link.clone(),
+                    lane,
+                    header,
                 };
-                let mut incoming = self.incoming.lock();
-                let Some(entry) = incoming.get_mut(&header.tid) else {
-                    return Err(format!(
-                        "pages for process {}, which was not announced",
-                        header.tid
-                    ));
-                };
-                entry.bytes += data.len();
-                if entry.bytes > MAX_PAGES_BYTES {
-                    return Err("more pages than a process may bring".into());
-                }
-                entry.pages.push((u64::from_le_bytes(*address), data.to_vec()));
+                answer.send(&wire::encode(&listening));
             }
             Kind::Share => {
                 let share: wire::Share = body(&payload)?;
                 let errno = share_objects(shared, &share);
-                shared.answer(&Answer { lane, header }, &wire::encode(&errno));
+                let answer = Answer {
+                    link: link.clone(),
+                    lane,
+                    header,
+                };
+                answer.send(&wire::encode(&errno));
             }
             Kind::SharedPages => {
                 let (id, offset, data) = wire::shared_pages(&payload).map_err(|e| e.to_string())?;
                 shared.objects.write(id, offset, data)?;
             }
-            Kind::LaunchBuild => {
-                let wire::Pid(pid) = body(&payload)?;
-                let Some(incoming) = self.incoming.lock().remove(&pid) else {
-                    return Err(format!("process {pid} was not announced"));
-                };
-                self.prepare(incoming, Answer { lane, header });
-            }
+            Kind::MoveTo => super::departure::begin(shared, body(&payload)?),
             Kind::LaunchGo => shared.post(Command::LaunchGo(body::<wire::Pid>(&payload)?.0)),
             Kind::Signal => {
                 let signal: wire::Signal = body(&payload)?;
@@ -118,7 +91,7 @@ impl Contact {
             Kind::Thaw => shared.post(Command::Thaw(body::<wire::Pid>(&payload)?.0)),
             Kind::Discard => {
                 let pid = body::<wire::Pid>(&payload)?.0;
-                self.incoming.lock().remove(&pid);
+                shared.arrivals.forget(pid);
                 shared.objects.forget(pid);
                 shared.post(Command::Discard(pid));
             }
@@ -153,48 +126,6 @@ impl Contact {
         }
         Ok(())
     }
-
-    /// Fetches what is missing of the files, off the contact's thread, and hands the whole to the tracer.
-    fn prepare(&self, incoming: Incoming, answer: Answer) {
-        let shared = self.shared.clone();
-        let refused = answer.clone();
-        let spawned = std::thread::Builder::new().name("build".into()).spawn(move || {
-            let mut files = HashMap::new();
-            for file in &incoming.launch.files {
-                match shared
-                    .files
-                    .get(file, |offset, len| shared.read_file(file.id, offset, len))
-                {
-                    Ok(stored) => files.insert(file.id, stored),
-                    Err(e) => {
-                        let refused = format!("{}: {e}", String::from_utf8_lossy(&file.path));
-                        return shared.answer(&answer, &wire::encode(&wire::LaunchReady { refused }));
-                    }
-                };
-            }
-            let ahead = match shared.clocks_ahead() {
-                Ok(ahead) => ahead,
-                Err(e) => {
-                    let refused = format!("home's clocks: {e}");
-                    return shared.answer(&answer, &wire::encode(&wire::LaunchReady { refused }));
-                }
-            };
-            let (launch, pages) = (incoming.launch, incoming.pages);
-            shared.post(Command::Build(Box::new(Build {
-                launch,
-                pages,
-                files,
-                ahead,
-                answer,
-            })));
-        });
-        if let Err(e) = spawned {
-            let body = wire::LaunchReady {
-                refused: e.to_string(),
-            };
-            self.shared.answer(&refused, &wire::encode(&body));
-        }
-    }
 }
 
 /// Makes the memory that a process will share.
@@ -216,7 +147,7 @@ impl Handler for Contact {
     fn frame(&self, link: &Link, lane: u32, header: Header, payload: Vec<u8>) {
         // The first frames may come before the accepting thread has the link.
         self.shared.set_link(link.clone());
-        if let Err(why) = self.dispatch(lane, header, payload) {
+        if let Err(why) = self.dispatch(link, lane, header, payload) {
             tracing::error!(%why, "home breaks the protocol");
             link.close();
             self.shared.post(Command::End(why));

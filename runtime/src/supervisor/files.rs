@@ -4,6 +4,7 @@
 //! pages that several guests share. The content is fetched when a file is first mapped and kept while the job lives
 //! or until the store's limit pushes it out; guests that still map it keep it alive.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::num::NonZeroUsize;
@@ -18,6 +19,9 @@ use parking_lot::{Condvar, Mutex};
 
 /// Bytes asked for at a time.
 pub const CHUNK_BYTES: u32 = 1 << 20;
+
+/// Most files that are remembered; a guest that maps one more cannot go to another node but by way of home.
+const MAX_KNOWN: usize = 1 << 20;
 
 /// One file's content.
 pub struct Stored {
@@ -38,6 +42,8 @@ enum Entry {
 
 struct State {
     entries: LruCache<FileKey, Entry>,
+    /// All that were ever here: guests may go on mapping what was pushed out.
+    known: HashMap<u64, FileRef>,
     bytes: u64,
 }
 
@@ -53,7 +59,11 @@ impl FileStore {
     pub fn new(limit_bytes: u64) -> FileStore {
         let entries = LruCache::new(NonZeroUsize::new(65_536).unwrap_or(NonZeroUsize::MIN));
         FileStore {
-            state: Mutex::new(State { entries, bytes: 0 }),
+            state: Mutex::new(State {
+                entries,
+                known: HashMap::new(),
+                bytes: 0,
+            }),
             filled: Condvar::new(),
             limit_bytes,
         }
@@ -85,6 +95,9 @@ impl FileStore {
         match &result {
             Ok(stored) => {
                 state.entries.put(file.key, Entry::Ready(stored.clone()));
+                if state.known.len() < MAX_KNOWN {
+                    state.known.insert(stored.id, stored.file.clone());
+                }
                 state.bytes += stored.size;
                 self.shrink(&mut state);
             }
@@ -96,13 +109,9 @@ impl FileStore {
         result
     }
 
-    /// How home knows the file with this number, while it is here.
+    /// How home knows the file with this number, if it was ever here.
     pub fn known(&self, id: u64) -> Option<FileRef> {
-        let state = self.state.lock();
-        state.entries.iter().find_map(|(_, e)| match e {
-            Entry::Ready(s) if s.id == id => Some(s.file.clone()),
-            _ => None,
-        })
+        self.state.lock().known.get(&id).cloned()
     }
 
     fn shrink(&self, state: &mut State) {

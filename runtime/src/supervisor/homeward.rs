@@ -7,12 +7,13 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use linklayer::image::ProcessImage;
 use linklayer::stay::StayReason;
-use linklayer::wire::{self, Kind, Vfork};
+use linklayer::wire::{Phase, Times, Vfork};
 
+use super::departure::{self, Failure};
 use super::guest::Guest;
 use super::shared::{Command, Shared};
 use super::tracer::{Hold, Tracer};
@@ -26,8 +27,26 @@ impl Tracer {
                 let first = *first;
                 self.group_held(first)
             }
-            _ => Ok(()),
+            Some(Hold::Node | Hold::Track) => self.alone_held(pid),
+            Some(Hold::Stopped) | None => Ok(()),
         }
+    }
+
+    /// Goes on with a guest that does not go home.
+    fn alone_held(&mut self, pid: i32) -> anyhow::Result<()> {
+        let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
+            return Ok(());
+        };
+        if !self.stands_still(&guest) {
+            return Ok(());
+        }
+        if matches!(self.holds.get(&pid), Some(Hold::Track)) {
+            return self.track_held(pid);
+        }
+        if !self.is_quiet(&[pid]) {
+            return Ok(());
+        }
+        self.departure_held(&guest)
     }
 
     /// Goes on with a group when everybody in it stands still.
@@ -61,10 +80,20 @@ impl Tracer {
             }
             return self.group_held(first);
         }
+        if !self.is_quiet(&pids) {
+            return Ok(());
+        }
+        let since = self.since.remove(&first).unwrap_or_else(Instant::now);
+        let mut times = Times {
+            seize_us: since.elapsed().as_micros() as u64,
+            ..Times::default()
+        };
+        let begun = Instant::now();
         match self.capture_group(&members) {
             Ok(captured) => {
+                times.dump_us = begun.elapsed().as_micros() as u64;
                 self.homing.insert(first, pids);
-                transfer::start(&self.shared, first, captured);
+                transfer::start(&self.shared, first, captured, times);
                 Ok(())
             }
             Err(e) => {
@@ -118,7 +147,7 @@ impl Tracer {
     }
 
     /// The guests outside of a group that share memory with one inside.
-    fn relatives(&self, members: &[Arc<Guest>]) -> Vec<i32> {
+    pub(super) fn relatives(&self, members: &[Arc<Guest>]) -> Vec<i32> {
         let spaces: HashSet<u64> = members.iter().map(|guest| guest.space).collect();
         let objects: HashSet<u64> = members.iter().flat_map(|guest| shared_objects(guest)).collect();
         self.shared
@@ -138,7 +167,7 @@ impl Tracer {
         let mut captured = Vec::new();
         for guest in members {
             let (image, vforks) = self
-                .capture(guest)
+                .capture(guest, false)
                 .map_err(|e| e.context(format!("process {}", guest.pid)))?;
             let reason = match self.holds.get(&guest.pid) {
                 Some(Hold::Home { reason, .. }) => reason.clone(),
@@ -156,7 +185,12 @@ impl Tracer {
         Ok(captured)
     }
 
-    fn capture(&mut self, guest: &Guest) -> anyhow::Result<(ProcessImage, Vec<Vfork>)> {
+    /// Describes a guest that stands still; its memory may be watched (`tracked`).
+    pub(super) fn capture(
+        &mut self,
+        guest: &Guest,
+        tracked: bool,
+    ) -> anyhow::Result<(ProcessImage, Vec<Vfork>)> {
         let pid = guest.pid;
         let ids: HashMap<i32, i32> = self
             .threads
@@ -180,12 +214,13 @@ impl Tracer {
             }
         }
         // Nothing but our memfds backs files here, and they carry their number.
-        let described = shim::capture::describe(guest.outer, &mut tokens, guest.pass_key, |file| {
-            Err(format!(
-                "{} is no file of home",
-                String::from_utf8_lossy(file.path)
-            ))
-        });
+        let described =
+            shim::capture::describe_tracked(guest.outer, &mut tokens, guest.pass_key, tracked, |file| {
+                Err(format!(
+                    "{} is no file of home",
+                    String::from_utf8_lossy(file.path)
+                ))
+            });
         for token in tokens {
             let outer = token.tid();
             if let Some(traced) = self.threads.get_mut(&outer) {
@@ -213,6 +248,17 @@ impl Tracer {
         Ok((image, vforks))
     }
 
+    /// A guest runs elsewhere now.
+    pub(super) fn forget_guest(&mut self, guest: &Guest) -> anyhow::Result<()> {
+        guest.leaving.store(true, Ordering::Release);
+        // What is left of it dies thread by thread, and must not be taken for a guest that is to be captured.
+        self.holds.remove(&guest.pid);
+        self.quiet.remove(&guest.pid);
+        let outer = nix::unistd::Pid::from_raw(guest.outer);
+        nix::sys::signal::kill(outer, nix::sys::signal::Signal::SIGKILL)?;
+        Ok(())
+    }
+
     /// Home runs a group now, or it goes on here.
     pub(super) fn went_home(&mut self, first: i32, result: Result<(), String>) -> anyhow::Result<()> {
         let members = self.homing.remove(&first).unwrap_or_default();
@@ -221,13 +267,7 @@ impl Tracer {
                 continue;
             };
             match &result {
-                Ok(()) => {
-                    guest.leaving.store(true, Ordering::Release);
-                    // What is left of it dies thread by thread, and must not be taken for a guest that is to be captured.
-                    self.holds.remove(&pid);
-                    let outer = nix::unistd::Pid::from_raw(guest.outer);
-                    nix::sys::signal::kill(outer, nix::sys::signal::Signal::SIGKILL)?;
-                }
+                Ok(()) => self.forget_guest(&guest)?,
                 Err(why) => {
                     if matches!(
                         self.holds.get(&pid),
@@ -242,13 +282,8 @@ impl Tracer {
                             "cannot go home for its call yet; it will be tried again"
                         );
                         guest.set_back();
-                    } else {
-                        tracing::error!(pid, why, "does not go home; it goes on here");
                     }
-                    let why = why.clone();
-                    let body = wire::MoveFailed { pid, why };
-                    // In front of what is said when it is tried again.
-                    self.shared.tell(first, Kind::MoveFailed, &wire::encode(&body));
+                    departure::failed(&self.shared, pid, Failure::new(Phase::Transfer, why));
                     self.release(pid)?;
                 }
             }

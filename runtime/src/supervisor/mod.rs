@@ -5,17 +5,20 @@
 //! is in a session of its own, and lives until its job ends or its contact is lost for good. A restart of `mosd` does
 //! not touch it.
 
+mod arrivals;
 mod build;
 mod calls;
 mod clone;
 mod contact;
 mod deadline;
+mod departure;
 pub mod files;
 mod guest;
 pub mod handshake;
 mod homeward;
 mod notify;
 mod proc_files;
+mod quiet;
 mod shared;
 mod signals;
 mod split;
@@ -105,6 +108,7 @@ fn contact(config: SupervisorConfig, starter: starter::Starter) -> anyhow::Resul
         starter,
         config.uid,
         files_limit,
+        config.listen,
     ));
     let contact = Arc::new(contact::Contact::new(shared.clone()));
     let peer = Fingerprint(config.peer_fingerprint);

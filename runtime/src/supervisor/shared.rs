@@ -1,6 +1,7 @@
 //! What all threads of a supervisor share.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -14,6 +15,7 @@ use nix::sys::eventfd::EventFd;
 use parking_lot::{Mutex, RwLock};
 use shim::shared_memory::Objects;
 
+use super::arrivals::Arrivals;
 use super::files::FileStore;
 use super::guest::{Guest, Thread};
 use super::starter::Starter;
@@ -53,8 +55,16 @@ pub enum Command {
     Discard(i32),
     /// Send a guest home.
     GoHome(i32, StayReason),
-    /// Home has taken over (or not) a guest that was sent.
+    /// Home has taken over (or not) a group that was sent.
     WentHome(i32, Result<(), String>),
+    /// Everything is ready for a guest to go to another node.
+    Depart(Box<super::departure::Departure>),
+    /// It runs there now, or it does not leave; the second number is its pid as seen here.
+    Departed(i32, i32, Result<(), super::departure::Failure>),
+    /// Watch the memory of a guest.
+    Track(i32, Sender<Result<shim::track::Tracker, String>>),
+    /// Home keeps back what arrives for a guest, or there is nothing any more to be kept back for.
+    Quiet(i32, bool),
     /// Everything ends.
     End(String),
 }
@@ -62,10 +72,33 @@ pub enum Command {
 /// Where an answer goes.
 #[derive(Clone)]
 pub struct Answer {
+    /// The link by which the request came.
+    pub link: Link,
     /// Lane of the request.
     pub lane: u32,
     /// Its header.
     pub header: Header,
+}
+
+impl Answer {
+    /// Sends it. A lost link is noticed elsewhere.
+    pub fn send(&self, body: &[u8]) {
+        let header = Header {
+            flags: linklayer::frame::flags::REPLY,
+            len: body.len() as u32,
+            ..self.header
+        };
+        if let Err(e) = self.link.send(self.lane, header, &[body]) {
+            tracing::debug!(error = %e, "answer not sent");
+        }
+    }
+}
+
+/// What every process of the job has from home.
+#[derive(Clone, Default)]
+struct OfHome {
+    vdso: Vec<u8>,
+    hostname: Vec<u8>,
 }
 
 /// State shared by all threads of a supervisor.
@@ -98,6 +131,11 @@ pub struct Shared {
     /// Calls that only home can execute fail with ENOSYS.
     pub refuse_homeward: AtomicBool,
     ahead: Mutex<Option<Clocks>>,
+    /// Processes that come.
+    pub arrivals: Arrivals,
+    /// The local address to listen at for them.
+    pub listen: IpAddr,
+    of_home: Mutex<OfHome>,
 }
 
 /// How often home is asked for its clocks; the answer that came the soonest counts.
@@ -111,6 +149,7 @@ impl Shared {
         starter: Starter,
         uid: u32,
         file_limit_bytes: u64,
+        listen: IpAddr,
     ) -> Shared {
         Shared {
             uid,
@@ -129,7 +168,29 @@ impl Shared {
             lacks: OnceLock::new(),
             refuse_homeward: AtomicBool::new(false),
             ahead: Mutex::new(None),
+            arrivals: Arrivals::default(),
+            listen,
+            of_home: Mutex::default(),
         }
+    }
+
+    /// Keeps what a process brings with it of home.
+    pub fn remember_home(&self, launch: &wire::Launch) {
+        let mut of_home = self.of_home.lock();
+        of_home.hostname.clone_from(&launch.hostname);
+        if !launch.image.vdso.is_empty() {
+            of_home.vdso.clone_from(&launch.image.vdso);
+        }
+    }
+
+    /// The content of home's vDSO.
+    pub fn vdso_of_home(&self) -> Vec<u8> {
+        self.of_home.lock().vdso.clone()
+    }
+
+    /// Home's host name.
+    pub fn hostname_of_home(&self) -> Vec<u8> {
+        self.of_home.lock().hostname.clone()
     }
 
     /// Makes the contact known.
@@ -270,18 +331,5 @@ impl Shared {
     /// The job's user.
     pub fn home_uid(&self) -> u32 {
         self.uid
-    }
-
-    /// Answers a request of home.
-    pub fn answer(&self, to: &Answer, body: &[u8]) {
-        let Ok(link) = self.link() else { return };
-        let header = Header {
-            flags: linklayer::frame::flags::REPLY,
-            len: body.len() as u32,
-            ..to.header
-        };
-        if let Err(e) = link.send(to.lane, header, &[body]) {
-            tracing::debug!(error = %e, "answer not sent");
-        }
     }
 }

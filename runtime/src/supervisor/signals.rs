@@ -31,11 +31,17 @@ pub(super) struct Fix {
 }
 
 impl Fix {
+    /// Whether a queued signal is this one.
     fn is(&self, signal: i32, info: &SigInfo) -> bool {
         if self.token != 0 {
             return info.code() == libc::SI_QUEUE && shim::signal::info_value(info) == self.token;
         }
-        self.signal == signal && self.info.code() == info.code() && same_timer(&self.info, info)
+        if timer(info).is_some() {
+            // Its count may have grown since it was queued.
+            return self.signal == signal && same_timer(&self.info, info);
+        }
+        // Others of the same number may wait with other values.
+        self.info == *info
     }
 }
 
@@ -237,7 +243,7 @@ impl Tracer {
         } else if sig > 0 {
             let _ = self.take_fix(outer, |f| f.signal == sig);
         } else if regs.rax as i64 == -i64::from(libc::EINTR)
-            && matches!(self.holds.get(&thread.guest.pid), Some(Hold::Home { .. }))
+            && self.holds.get(&thread.guest.pid).is_some_and(Hold::captures)
         {
             // Interrupted for a capture and by no signal: it is waited again elsewhere.
             let set = thread.deliverable(None);

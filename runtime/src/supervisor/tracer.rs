@@ -8,8 +8,9 @@ use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender};
 use linklayer::image::Regs;
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind};
@@ -21,6 +22,7 @@ use shim::cage::Cage;
 use shim::ptrace::{self, Status, Stop, Stopped, Target};
 
 use super::guest::{Guest, InCall, Thread};
+use super::quiet::Quiet;
 use super::shared::{Command, Shared};
 
 /// ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK: include/linux/errno.h. They never reach user
@@ -49,6 +51,17 @@ pub(super) enum Hold {
         /// Why this one goes.
         reason: StayReason,
     },
+    /// It goes to another node.
+    Node,
+    /// Its memory is going to be watched.
+    Track,
+}
+
+impl Hold {
+    /// Whether its calls in progress are made again later.
+    pub(super) fn captures(&self) -> bool {
+        !matches!(self, Hold::Stopped)
+    }
 }
 
 /// What to do at the stop that follows an interrupt.
@@ -113,6 +126,14 @@ pub struct Tracer {
     pub(super) frozen: HashSet<i32>,
     /// Groups that are on their way home, by their first process.
     pub(super) homing: HashMap<i32, Vec<i32>>,
+    /// When it began that a group (by its first process) is stopped.
+    pub(super) since: HashMap<i32, Instant>,
+    /// Guests that leave for another node.
+    pub(super) departures: HashMap<i32, super::departure::Departure>,
+    /// Guests that are being stopped so that their memory can be watched, and who waits for that.
+    pub(super) tracking: HashMap<i32, Sender<Result<shim::track::Tracker, String>>>,
+    /// Guests for which home was asked to keep back what arrives.
+    pub(super) quiet: HashMap<i32, Quiet>,
     /// Stopped and built, waiting for home's word to run.
     pub(super) built: HashMap<i32, Vec<Stopped>>,
     pub(super) next_token: u64,
@@ -150,6 +171,10 @@ impl Tracer {
             holds: HashMap::new(),
             frozen: HashSet::new(),
             homing: HashMap::new(),
+            since: HashMap::new(),
+            departures: HashMap::new(),
+            tracking: HashMap::new(),
+            quiet: HashMap::new(),
             built: HashMap::new(),
             next_token: super::signals::FIRST_TOKEN,
             early: Vec::new(),
@@ -251,6 +276,12 @@ impl Tracer {
             Command::Discard(pid) => self.discard(pid),
             Command::GoHome(pid, reason) => self.hold(pid, Hold::Home { first: pid, reason }),
             Command::WentHome(first, result) => self.went_home(first, result),
+            Command::Depart(departure) => self.depart(*departure),
+            Command::Departed(pid, outer, result) if self.is_still(pid, outer) => self.departed(pid, result),
+            // Another guest with this pid by now.
+            Command::Departed(..) => Ok(()),
+            Command::Track(pid, done) => self.track(pid, done),
+            Command::Quiet(pid, kept) => self.home_keeps_back(pid, kept),
             Command::End(_) => Ok(()),
         }
     }
@@ -345,7 +376,7 @@ impl Tracer {
             return Ok(());
         };
         let guest = traced.thread.guest.clone();
-        let capturing = matches!(self.holds.get(&guest.pid), Some(Hold::Home { .. }));
+        let capturing = self.holds.get(&guest.pid).is_some_and(Hold::captures);
         *traced.thread.call.lock() = InCall::Idle;
         // epoll_wait(2) and its kind end with EINTR where others restart; no handler has run, so the guest must not see it.
         let interrupted = (mask.is_some() || capturing) && ret == -i64::from(libc::EINTR);
@@ -378,16 +409,28 @@ impl Tracer {
         Ok(())
     }
 
+    /// Whether a guest is the one that this node knew by this pid.
+    fn is_still(&self, pid: i32, outer: i32) -> bool {
+        self.shared
+            .guests
+            .read()
+            .get(&pid)
+            .is_some_and(|g| g.outer == outer)
+    }
+
     /// Stops all threads of a guest.
-    fn hold(&mut self, pid: i32, why: Hold) -> anyhow::Result<()> {
+    pub(super) fn hold(&mut self, pid: i32, why: Hold) -> anyhow::Result<()> {
         if !self.shared.guests.read().contains_key(&pid) {
             return Ok(());
         }
-        if matches!(self.holds.get(&pid), Some(Hold::Home { .. })) {
+        if self.holds.get(&pid).is_some_and(Hold::captures) {
             // Another of its threads made a call that takes it home, too.
             let threads = self.threads.values().filter(|t| t.thread.guest.pid == pid);
             threads.for_each(|t| make_again(&t.thread));
             return Ok(());
+        }
+        if let Hold::Home { first, .. } = why {
+            self.since.insert(first, Instant::now());
         }
         self.holds.insert(pid, why);
         self.stop_threads(pid)?;
@@ -399,8 +442,8 @@ impl Tracer {
         let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
             return Ok(());
         };
-        let home = matches!(self.holds.get(&pid), Some(Hold::Home { .. }));
-        if home {
+        let captures = self.holds.get(&pid).is_some_and(Hold::captures);
+        if captures {
             guest.freezing.store(true, Ordering::Release);
         }
         let threads: Vec<Arc<Thread>> = self
@@ -415,7 +458,7 @@ impl Tracer {
                 Err(e) if e.is_gone() => continue,
                 other => other?,
             }
-            if !home {
+            if !captures {
                 continue;
             }
             self.interrupt_call(&thread, None);
@@ -435,6 +478,7 @@ impl Tracer {
     /// Lets all held threads of a guest run.
     pub(super) fn release(&mut self, pid: i32) -> anyhow::Result<()> {
         self.holds.remove(&pid);
+        self.quiet.remove(&pid);
         if let Some(guest) = self.shared.guests.read().get(&pid) {
             guest.freezing.store(false, Ordering::Release);
         }
@@ -478,6 +522,10 @@ impl Tracer {
         self.shared.guests.write().remove(&guest.pid);
         self.frozen.remove(&guest.pid);
         self.built.remove(&guest.pid);
+        self.since.remove(&guest.pid);
+        self.departures.remove(&guest.pid);
+        self.tracking.remove(&guest.pid);
+        self.quiet.remove(&guest.pid);
         if let Some(Hold::Home { first, .. }) = self.holds.remove(&guest.pid)
             && let Err(e) = self.group_held(first)
         {

@@ -2,18 +2,17 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Instant;
 
 use linklayer::frame::Header;
 use linklayer::image::ProcessImage;
+use linklayer::pages::Writer;
 use linklayer::stay::StayReason;
-use linklayer::wire::{self, Kind, Vfork};
+use linklayer::wire::{self, Kind, Phase, Times, Vfork};
 use shim::capture::SharedObjects;
-use shim::memory::ProcessMemory;
 
+use super::departure;
 use super::shared::{Command, Shared};
-
-/// Most bytes of pages in one frame.
-const PAGES_BYTES: usize = 256 << 10;
 
 /// A captured guest.
 pub(super) struct Member {
@@ -28,11 +27,11 @@ pub(super) struct Member {
 }
 
 /// Sends a group home on a thread of its own, and says so to the tracer.
-pub(super) fn start(shared: &Arc<Shared>, first: i32, members: Vec<Member>) {
+pub(super) fn start(shared: &Arc<Shared>, first: i32, members: Vec<Member>, times: Times) {
     let starter = shared.starter.clone();
     let shared = shared.clone();
     starter.start("homeward", move || {
-        let result = send(&shared, members).map_err(|e| format!("{e:#}"));
+        let result = send(&shared, members, times).map_err(|e| format!("{e:#}"));
         shared.post(Command::WentHome(first, result));
     });
 }
@@ -44,7 +43,7 @@ fn errno(answer: &[u8], what: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn send(shared: &Shared, members: Vec<Member>) -> anyhow::Result<()> {
+fn send(shared: &Shared, members: Vec<Member>, times: Times) -> anyhow::Result<()> {
     let mut group: Vec<i32> = members.iter().map(|m| m.pid).collect();
     let shared_memory = SharedObjects::of(members.iter().map(|m| (m.reached_by, &m.image)));
     let lane = group.first().copied().unwrap_or_default();
@@ -65,10 +64,12 @@ fn send(shared: &Shared, members: Vec<Member>) -> anyhow::Result<()> {
         }
         errno(&answer, "layout")?;
     }
+    let begun = Instant::now();
+    let mut writer = Writer::default();
     let mut spaces = HashSet::new();
     let coming = |m: &&Member| group.contains(&m.pid);
     for member in members.iter().filter(coming).filter(|m| spaces.insert(m.space)) {
-        send_pages(shared, lane, member)?;
+        send_pages(shared, lane, member, &mut writer)?;
     }
     let link = shared.link()?;
     // Home's new objects are empty.
@@ -78,25 +79,27 @@ fn send(shared: &Shared, members: Vec<Member>) -> anyhow::Result<()> {
         link.send(lane as u32, header, &parts)
             .map_err(std::io::Error::other)
     })?;
+    let mut report = wire::MoveReport {
+        times,
+        pages: writer.counts,
+        mode: wire::Mode::Freeze,
+        ..wire::MoveReport::default()
+    };
+    report.times.pages_us = begun.elapsed().as_micros() as u64;
+    for pid in &group {
+        departure::tell_progress(shared, *pid, lane, Phase::Resume, report.clone(), 0);
+    }
     let commit = wire::encode(&wire::HomeCommit { group });
     errno(&shared.ask(lane, lane, Kind::HomeCommit, &commit)?, "resuming")
 }
 
-fn send_pages(shared: &Shared, lane: i32, member: &Member) -> anyhow::Result<()> {
+fn send_pages(shared: &Shared, lane: i32, member: &Member, writer: &mut Writer) -> anyhow::Result<()> {
     let link = shared.link()?;
-    let memory = ProcessMemory::new(member.reached_by);
-    for area in member.image.areas.iter().filter(|a| !a.is_kernel()) {
-        for run in shim::capture::page_runs(member.reached_by, area)? {
-            let mut at = run.start;
-            while at < run.end {
-                let len = ((run.end - at) as usize).min(PAGES_BYTES);
-                let mut data = vec![0; len];
-                memory.read_forced(at, &mut data)?;
-                let header = Header::new(Kind::Pages as u16, member.pid, link.next_seq());
-                link.send(lane as u32, header, &[&at.to_le_bytes(), &data])?;
-                at += len as u64;
-            }
-        }
-    }
+    let runs = shim::capture::all_runs(member.reached_by, &member.image.areas)?;
+    shim::capture::write_pages(member.reached_by, &runs, writer, &mut |kind, parts| {
+        let header = Header::new(kind as u16, member.pid, link.next_seq());
+        link.send(lane as u32, header, parts)
+            .map_err(std::io::Error::other)
+    })?;
     Ok(())
 }

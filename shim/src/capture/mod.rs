@@ -3,6 +3,7 @@
 mod maps;
 mod pages;
 mod shared;
+mod stream;
 
 use std::io;
 use std::ops::Range;
@@ -20,8 +21,10 @@ use crate::vessel::stub;
 use crate::xstate;
 
 pub use maps::{MapLine, file_id, map_lines, reserved};
-pub use pages::page_runs;
+pub(crate) use pages::{Found, scan_written};
+pub use pages::{page_runs, page_runs_of};
 pub use shared::{SharedObjects, reserves};
+pub use stream::{all_runs, write_pages, write_running};
 
 /// Why a process could not be described. It is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +71,7 @@ pub struct FileArea<'a> {
 
 fn area(
     line: &MapLine,
+    tracked: bool,
     name: &mut dyn FnMut(&FileArea<'_>) -> Result<u64, String>,
 ) -> Result<Area, CaptureError> {
     let kind = match line.path.as_slice() {
@@ -105,9 +109,14 @@ fn area(
         }
         _ => AreaKind::Anon,
     };
+    let foreign: &[&[u8; 2]] = if tracked {
+        &[b"um", b"ui"]
+    } else {
+        &[b"um", b"uw", b"ui"]
+    };
     for (marks, what) in [
         (&[b"ht"][..], "huge pages of hugetlbfs"),
-        (&[b"um", b"uw", b"ui"], "userfaultfd"),
+        (foreign, "userfaultfd"),
         (&[b"ss"], "a shadow stack"),
         (&[b"gu"], "guard regions"),
     ] {
@@ -176,6 +185,20 @@ pub fn describe(
     pid: i32,
     threads: &mut [Stopped],
     key: u64,
+    name: impl FnMut(&FileArea<'_>) -> Result<u64, String>,
+) -> Result<ProcessImage, CaptureError> {
+    describe_tracked(pid, threads, key, false, name)
+}
+
+/// As [`describe`], for a process that a [`Tracker`](crate::track::Tracker) may be watching (`tracked`).
+///
+/// # Errors
+/// See [`CaptureError`].
+pub fn describe_tracked(
+    pid: i32,
+    threads: &mut [Stopped],
+    key: u64,
+    tracked: bool,
     mut name: impl FnMut(&FileArea<'_>) -> Result<u64, String>,
 ) -> Result<ProcessImage, CaptureError> {
     let mut areas = Vec::new();
@@ -189,7 +212,7 @@ pub fn describe(
                 "it maps memory at addresses that are kept for moving it".into(),
             ));
         }
-        areas.push(area(&line, &mut name)?);
+        areas.push(area(&line, tracked, &mut name)?);
     }
     let site = vdso_site(pid)?;
     let mut asked = Asked::default();

@@ -36,6 +36,10 @@ struct PageRegion {
 }
 
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+/// Flags of the scan: protect what is found; refuse memory that is not watched.
+const WP_MATCHING: u64 = 1 << 0;
+const CHECK_WPASYNC: u64 = 1 << 1;
+const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
@@ -54,30 +58,60 @@ pub fn page_runs(pid: i32, area: &Area) -> io::Result<Vec<Range<u64>>> {
         // It is not of this process alone ([`super::SharedObjects`]).
         return Ok(Vec::new());
     }
+    page_runs_of(pid, &area.range(), matches!(area.kind, AreaKind::File { .. }))
+}
+
+/// The same of private memory in a range, of a file or anonymous.
+///
+/// # Errors
+/// The process is gone.
+pub fn page_runs_of(pid: i32, range: &Range<u64>, private_file: bool) -> io::Result<Vec<Range<u64>>> {
     let map = File::open(format!("/proc/{pid}/pagemap"))?;
-    let private_file = matches!(area.kind, AreaKind::File { .. });
-    match scan(&map, area, private_file) {
+    match scan(&map, range, private_file, false) {
         Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
-            read_map(&map, area, private_file)
+            read_map(&map, range, private_file)
         }
         other => other,
     }
 }
 
-fn scan(map: &File, area: &Area, private_file: bool) -> io::Result<Vec<Range<u64>>> {
+/// What a look at watched memory finds.
+pub(crate) enum Found {
+    /// The pages that changed. They are protected again.
+    Runs(Vec<Range<u64>>),
+    /// This memory is not watched.
+    Unwatched,
+}
+
+/// The pages of a range that have changed since they were looked at last, of those that `page_runs_of` gives.
+pub(crate) fn scan_written(map: &File, range: &Range<u64>, private_file: bool) -> io::Result<Found> {
+    match scan(map, range, private_file, true) {
+        Ok(runs) => Ok(Found::Runs(runs)),
+        Err(e) if e.raw_os_error() == Some(libc::EPERM) => Ok(Found::Unwatched),
+        Err(e) => Err(e),
+    }
+}
+
+fn scan(map: &File, range: &Range<u64>, private_file: bool, written: bool) -> io::Result<Vec<Range<u64>>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
     let mut regions = vec![PageRegion::default(); 512];
     let excluded = PAGE_IS_PFNZERO | if private_file { PAGE_IS_FILE } else { 0 };
-    let mut at = area.start;
-    while at < area.end {
+    let (flags, changed) = if written {
+        (WP_MATCHING | CHECK_WPASYNC, PAGE_IS_WRITTEN)
+    } else {
+        (0, 0)
+    };
+    let mut at = range.start;
+    while at < range.end {
         let mut arg = ScanArg {
             size: size_of::<ScanArg>() as u64,
+            flags,
             start: at,
-            end: area.end,
+            end: range.end,
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
             category_inverted: excluded,
-            category_mask: excluded,
+            category_mask: excluded | changed,
             category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             return_mask: PAGE_IS_PRESENT,
             ..ScanArg::default()
@@ -102,12 +136,12 @@ fn scan(map: &File, area: &Area, private_file: bool) -> io::Result<Vec<Range<u64
 }
 
 /// The same from /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst), for kernels before 6.7.
-fn read_map(map: &File, area: &Area, private_file: bool) -> io::Result<Vec<Range<u64>>> {
+fn read_map(map: &File, range: &Range<u64>, private_file: bool) -> io::Result<Vec<Range<u64>>> {
     const AT_ONCE: u64 = 8192;
     let mut runs: Vec<Range<u64>> = Vec::new();
-    let mut at = area.start;
-    while at < area.end {
-        let pages = AT_ONCE.min((area.end - at) / PAGE);
+    let mut at = range.start;
+    while at < range.end {
+        let pages = AT_ONCE.min((range.end - at) / PAGE);
         let mut bytes = vec![0; pages as usize * 8];
         map.read_exact_at(&mut bytes, at / PAGE * 8)?;
         for (i, entry) in bytes.chunks_exact(8).enumerate() {

@@ -237,11 +237,11 @@ pub(crate) fn requeue(
 ///
 /// # Errors
 /// See [`RestoreError`].
-pub fn rebuild(
+pub fn rebuild<'a>(
     stopped: Stopped,
     image: &ProcessImage,
     fd_of: &dyn Fn(Backing) -> Option<i32>,
-    pages: &[(u64, Vec<u8>)],
+    pages: impl IntoIterator<Item = (u64, &'a [u8])>,
 ) -> Result<Rebuilt, RestoreError> {
     let leader = image
         .threads
@@ -267,7 +267,7 @@ pub fn rebuild(
         .collect::<Result<_, _>>()?;
     calls.batch_all(&areas)?;
     for (address, data) in pages {
-        memory.write_forced(*address, data)?;
+        memory.write_forced(address, data)?;
     }
     advise(&mut calls, image)?;
     mm_fields(&mut calls, &memory, image)?;

@@ -283,6 +283,13 @@ impl Slot {
         }
     }
 
+    /// Ends the call in place of the vessel thread, which is stopped and will not do it.
+    pub fn finish(&self, ret: i64) {
+        self.word(RET).store(ret as u64, Ordering::Relaxed);
+        self.state().store(DONE, Ordering::Release);
+        self.wake();
+    }
+
     /// Gives up: its thread is gone. Whoever waits is woken.
     pub fn abandon(&self) {
         self.state().store(ABANDONED, Ordering::Release);

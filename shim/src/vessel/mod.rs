@@ -6,7 +6,7 @@ pub(crate) mod stub;
 
 use std::ops::Range;
 
-use linklayer::image::{PAGE, Regs, SigAction};
+use linklayer::image::{PAGE, Regs, SigAction, SigInfo};
 
 pub use arena::{ARENA_ADDRESS, ARENA_LEN, Arena, Slot};
 pub use home::Homebound;
@@ -14,7 +14,7 @@ pub use home::Homebound;
 use crate::capture::{self, CaptureError, map_lines, reserved, vdso_site};
 use crate::memory::ProcessMemory;
 use crate::process;
-use crate::ptrace::{self, PtraceError, Stop, Stopped};
+use crate::ptrace::{self, PendingQueue, PtraceError, Stop, Stopped};
 use crate::remote_call::{BatchCall, RemoteCallError, RemoteCalls};
 use crate::restore::{SCRATCH, TRAMPOLINE};
 
@@ -85,6 +85,8 @@ pub struct Parts {
     pub catcher: i32,
     /// The process's dispositions.
     pub actions: Vec<SigAction>,
+    /// Signals that were pending for single threads (first), and have been taken off their queues: workers take none.
+    pub pending: Vec<(i32, SigInfo)>,
 }
 
 impl Vessel {
@@ -201,7 +203,6 @@ impl Vessel {
     /// # Errors
     /// The thread is gone.
     pub fn abort_call(stopped: &mut Stopped, slot: &Slot) -> Result<(), PtraceError> {
-        const NOT_BEGUN: i64 = -513;
         if !slot.posted() {
             return Ok(());
         }
@@ -246,7 +247,7 @@ impl Prepared {
     pub fn settle(self) -> Result<(Vessel, Parts), VesselError> {
         let (pid, catcher) = (self.pid, self.catcher.tid());
         // From here on nothing fails but by the death of the process.
-        let workers = settle(self.threads, self.leader, self.catcher, pid, &self.slots)?;
+        let (workers, pending) = settle(self.threads, self.leader, self.catcher, pid, &self.slots)?;
         let vessel = Vessel {
             pid,
             catcher,
@@ -256,6 +257,7 @@ impl Prepared {
             workers: workers.into_iter().zip(self.slots).collect(),
             catcher,
             actions: self.actions,
+            pending,
         };
         Ok((vessel, parts))
     }
@@ -283,6 +285,37 @@ fn clear(mut leader: RemoteCalls, site: u64) -> Result<Stopped, RemoteCallError>
     leader.raw(libc::SYS_munmap, [ARENA_ADDRESS, ARENA_LEN as u64, 0, 0, 0, 0])?;
     leader.end()
 }
+impl Vessel {
+    /// Ends the call in progress of a worker that is in a group-stop, where it cannot say so itself: its result is what
+    /// [`Vessel::abort_call`] would make of it, and when it goes on it waits for the next call.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn withdraw_call(stopped: &mut Stopped, slot: &Slot) -> Result<(), PtraceError> {
+        if !slot.posted() {
+            return Ok(());
+        }
+        let mut regs = stopped.regs()?;
+        if regs.rip > stub::after_address() && regs.rip < stub::said_address() {
+            // It has a result, and not said it yet: a few instructions, in which nobody is stopped but by chance.
+            return Ok(());
+        }
+        let ret = if regs.rip == stub::after_address() {
+            regs.rax as i64
+        } else {
+            NOT_BEGUN
+        };
+        regs.rip = stub::loop_address();
+        regs.orig_rax = u64::MAX;
+        regs.r13 = 0;
+        stopped.set_regs(&regs)?;
+        slot.finish(ret);
+        Ok(())
+    }
+}
+
+/// ERESTARTNOINTR: what was not begun is made again, unseen (include/linux/errno.h).
+const NOT_BEGUN: i64 = -513;
 
 /// The threads, if the process is alive.
 fn alive(threads: Vec<Stopped>, error: &RemoteCallError) -> Vec<Stopped> {
@@ -346,19 +379,20 @@ impl Drop for Raised {
     }
 }
 
-/// Puts all threads to work, after the memory has gone. Gives their ids.
+/// Puts all threads to work, after the memory has gone. Gives their ids, and the signals that were pending for each.
 fn settle(
     threads: Vec<Stopped>,
     leader: RemoteCalls,
     catcher: Stopped,
     pid: i32,
     slots: &[Slot],
-) -> Result<Vec<i32>, VesselError> {
+) -> Result<Settled, VesselError> {
     let tids: Vec<i32> = threads.iter().map(Stopped::tid).collect();
     let mut workers = vec![leader];
     for thread in threads.into_iter().skip(1) {
         workers.push(RemoteCalls::begin(thread, TRAMPOLINE)?);
     }
+    let mut pending = Vec::new();
     for calls in &mut workers {
         let mut batch = vec![
             BatchCall {
@@ -382,13 +416,38 @@ fn settle(
             });
         }
         calls.batch_all(&batch)?;
+        let tid = calls.tid();
+        pending.extend(take_pending(calls)?.into_iter().map(|info| (tid, info)));
     }
     drop_pages(&mut workers[0], pid)?;
     for (calls, slot) in workers.into_iter().zip(slots) {
         resume(calls.end_with(&worker_regs(slot), WORKER_MASK)?)?;
     }
     catcher.cont(0)?;
-    Ok(tids)
+    Ok((tids, pending))
+}
+
+/// The threads of a vessel, and signals for single ones of them.
+type Settled = (Vec<i32>, Vec<(i32, SigInfo)>);
+
+/// Takes the signals off a thread's queue that are for it alone. Those for the process stay.
+fn take_pending(calls: &mut RemoteCalls) -> Result<Vec<SigInfo>, VesselError> {
+    let memory = ProcessMemory::new(calls.tid());
+    let mut taken = Vec::new();
+    // The kernel looks at the thread's own queue first (kernel/signal.c, dequeue_signal).
+    while !calls.stopped().pending(PendingQueue::Thread)?.is_empty() {
+        let mut arguments = vec![0xff; 16];
+        arguments.extend([0; 16]);
+        memory.write_forced(SCRATCH, &arguments)?;
+        let args = [SCRATCH, SCRATCH + 64, SCRATCH + 16, 8, 0, 0];
+        if calls.raw(libc::SYS_rt_sigtimedwait, args)? < 0 {
+            break;
+        }
+        let mut info = SigInfo::default();
+        memory.read_forced(SCRATCH + 64, &mut info.0)?;
+        taken.push(info);
+    }
+    Ok(taken)
 }
 
 /// Lets a thread go on, in a group-stop only until SIGCONT.

@@ -1,0 +1,185 @@
+//! From one node to another: the pages go there directly, and home only switches its contact.
+//!
+//! The guest stands still at its node until home commits ([`Home::moved`]); until then whatever fails lets it go on there. The
+//! vessel has no part in it: its workers are idle.
+
+use linklayer::quic::Link;
+use linklayer::stay::StayReason;
+use linklayer::wire::{self, Kind, MoveReport, Phase, Place};
+
+use crate::home::Home;
+use crate::outward::Wish;
+use crate::process::{Mode, send};
+use crate::road;
+use crate::shared::{Command, ReplyTo};
+
+/// A process that is to go from node to node.
+pub struct Hop {
+    /// What is asked.
+    pub wish: Wish,
+    /// The contact to the new node, once that waits for it.
+    to: Option<Link>,
+}
+
+impl Hop {
+    /// It does not come about: nothing of it is left at the new node.
+    pub fn fail(self, pid: i32, why: String) {
+        self.withdraw(pid).fail(why);
+    }
+
+    /// It is not needed any more: the guest has left its node.
+    pub fn cancel(self) -> Wish {
+        self.wish
+    }
+
+    fn withdraw(self, pid: i32) -> Wish {
+        if let Some(link) = &self.to {
+            send(link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
+        }
+        self.wish
+    }
+}
+
+/// The new node waits.
+pub struct HopReady {
+    contact: Link,
+    place: Place,
+    key: Vec<u8>,
+}
+
+impl Home {
+    /// Has a guest sent from its node to another.
+    pub(crate) fn hop(&mut self, pid: i32, wish: Wish) {
+        let node = wish.node;
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return;
+        };
+        process.hop = Some(Hop { wish, to: None });
+        let shared = self.shared.clone();
+        crate::contact::spawn("hop", move || {
+            let ready = shared.contact(node).and_then(|contact| {
+                let (place, key) = road::listen(&contact, pid).map_err(|e| format!("{e:#}"))?;
+                Ok(HopReady {
+                    contact,
+                    place,
+                    key: key.to_bytes(),
+                })
+            });
+            shared.post(Command::HopReady(pid, ready));
+        });
+    }
+
+    /// The new node waits, or cannot be reached.
+    pub(crate) fn hop_ready(&mut self, pid: i32, ready: Result<HopReady, String>) -> anyhow::Result<()> {
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Ok(());
+        };
+        let Some(mut hop) = process.hop.take() else {
+            return Ok(());
+        };
+        match (ready, &process.mode) {
+            (Ok(ready), Mode::Away(away)) => {
+                let order = wire::MoveTo {
+                    pid,
+                    place: ready.place,
+                    key: ready.key,
+                    mode: hop.wish.mode,
+                };
+                send(&away.link, pid, Kind::MoveTo, &wire::encode(&order));
+                hop.to = Some(ready.contact);
+                process.hop = Some(hop);
+            }
+            (Ok(_), _) => hop.fail(pid, format!("process {pid} has come home meanwhile")),
+            (Err(why), _) => hop.fail(
+                pid,
+                format!("process {pid} stays where it is: {}: {why}", Phase::Reach),
+            ),
+        }
+        Ok(())
+    }
+
+    /// The guest stands ready at the new node (the frame came from node `from`): from here on it runs there.
+    pub(crate) fn moved(&mut self, reply: ReplyTo, from: u32, moved: wire::Moved) -> anyhow::Result<()> {
+        let begun = std::time::Instant::now();
+        let pid = moved.pid;
+        let Some(process) = self.processes.get_mut(&pid) else {
+            // Killed meanwhile, and its guests were discarded.
+            reply.errno(libc::ESRCH);
+            return Ok(());
+        };
+        let hop = process.hop.take();
+        let (Some(mut hop), Mode::Away(away)) = (hop, &mut process.mode) else {
+            reply.errno(libc::EPROTO);
+            return Ok(());
+        };
+        let Some(link) = hop.to.take().filter(|l| away.node == from && l.lost().is_none()) else {
+            reply.errno(libc::EHOSTUNREACH);
+            // Its node says that it goes on there.
+            process.hop = Some(hop);
+            return Ok(());
+        };
+        away.link = link;
+        away.node = hop.wish.node;
+        // What was kept comes before the first instruction.
+        away.give_kept(pid, true);
+        send(&away.link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));
+        reply.errno(0);
+        process.stay = None;
+        process.how = "asked";
+        process.moves_out += 1;
+        let mut report: MoveReport = moved.report;
+        report.times.resume_us = begun.elapsed().as_micros() as u64;
+        hop.wish.fulfil(report);
+        self.publish(pid);
+        Ok(())
+    }
+
+    /// A guest did not leave its node.
+    pub(crate) fn move_failed(&mut self, failed: wire::MoveFailed) -> anyhow::Result<()> {
+        let (pid, why) = (failed.pid, &failed.why);
+        tracing::error!(pid, phase = %failed.phase, why, "does not move");
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Ok(());
+        };
+        if let Some(away) = process.away() {
+            away.give_kept(pid, false);
+            away.coming = None;
+        }
+        self.shared.homecoming.lock().remove(&pid);
+        self.shared.objects.forget(pid);
+        let Some(hop) = process.hop.take() else {
+            let node = process.node();
+            for waiter in process.waiters.drain(..) {
+                let _ = waiter.send(Err(format!(
+                    "process {pid} stays at node {node}: {}: {why}",
+                    failed.phase
+                )));
+            }
+            if let Some(next) = process.next.take() {
+                next.fail(format!(
+                    "process {pid} stays at node {node}: {}: {why}",
+                    failed.phase
+                ));
+            }
+            return Ok(());
+        };
+        if failed.phase != Phase::Reach {
+            let node = process.node();
+            let why = format!("process {pid} stays at node {node}: {}: {why}", failed.phase);
+            hop.fail(pid, why);
+            return Ok(());
+        }
+        // The nodes do not reach each other, but home reaches both.
+        let mut wish = hop.withdraw(pid);
+        wish.before = Some(MoveReport {
+            note: format!(
+                "by way of home, because node {} cannot be reached: {why}",
+                wish.node
+            ),
+            ..MoveReport::default()
+        });
+        process.next = Some(wish);
+        let (arrived, _) = crossbeam_channel::bounded(1);
+        self.bring(pid, StayReason::Asked, arrived)
+    }
+}

@@ -1,0 +1,235 @@
+//! Moves: what is said about a process that changes its node, and what is told of it afterwards.
+
+use std::net::SocketAddr;
+use std::ops::Range;
+
+use bincode::{Decode, Encode};
+use serde::{Deserialize, Serialize};
+
+use super::MAX_BODY_BYTES;
+
+/// Most runs of pages in one [`Present`].
+pub const MAX_RUNS: usize = MAX_BODY_BYTES / 32;
+
+/// Asks a supervisor for a link of its own for one process that comes: from home, or from another node.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Listen {
+    /// The process.
+    pub pid: i32,
+    /// Fingerprint of the one-time key of who will connect.
+    pub peer: [u8; 32],
+}
+
+/// Answer to [`Listen`].
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum Listening {
+    /// Where, and by which key it is known there.
+    At(Place),
+    /// Why not.
+    Refused(String),
+}
+
+/// Where somebody waits for a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Place {
+    /// The address.
+    pub addr: SocketAddr,
+    /// Fingerprint of the one-time key of who waits.
+    pub fingerprint: [u8; 32],
+}
+
+/// How the memory of a process is moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// As its size suggests.
+    #[default]
+    Auto,
+    /// It stands still while its memory is sent.
+    Freeze,
+    /// Its memory is sent while it runs; what it changes meanwhile is sent again.
+    Precopy,
+}
+
+/// How a process got to its place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Way {
+    /// From one end straight to the other.
+    #[default]
+    Direct,
+    /// From node to node by way of home.
+    Home,
+}
+
+/// Asks a supervisor to send a process to another node, which waits for it.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct MoveTo {
+    /// The process.
+    pub pid: i32,
+    /// Where the other supervisor waits.
+    pub place: Place,
+    /// The one-time key to show there (`OneTimeKey::to_bytes`).
+    pub key: Vec<u8>,
+    /// How.
+    pub mode: Mode,
+}
+
+/// A process stands ready at the other node, and still here: home decides. Answered with [`Errno`](super::Errno); 0: it runs there
+/// now, forget it.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct Moved {
+    /// The process.
+    pub pid: i32,
+    /// What was done for it so far.
+    pub report: MoveReport,
+}
+
+/// Which pages a process that was sent while it ran has in the end: what else was sent of it is dropped.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Present {
+    /// Begin and end of each run, in the order of addresses; at most [`MAX_RUNS`].
+    pub runs: Vec<(u64, u64)>,
+}
+
+/// The bodies of the [`Kind::Present`](super::Kind::Present) frames that make up one list; at least one.
+///
+/// # Errors
+/// Those of `sink`.
+pub fn present<E>(runs: &[Range<u64>], sink: &mut dyn FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
+    let mut rest = runs;
+    loop {
+        let (part, more) = rest.split_at(rest.len().min(MAX_RUNS));
+        let runs = part.iter().map(|r| (r.start, r.end)).collect();
+        sink(&super::encode(&Present { runs }))?;
+        if more.is_empty() {
+            return Ok(());
+        }
+        rest = more;
+    }
+}
+
+/// Part of a move, for the message when it fails.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Reaching the other end.
+    #[default]
+    Reach,
+    /// Sending memory while it runs.
+    Precopy,
+    /// Stopping it.
+    Seize,
+    /// Describing it.
+    Dump,
+    /// Sending what describes it, and its pages.
+    Transfer,
+    /// Building it at its new place.
+    Restore,
+    /// Going over to the new place.
+    Resume,
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Phase::Reach => "reaching the node",
+            Phase::Precopy => "sending its memory while it runs",
+            Phase::Seize => "stopping it",
+            Phase::Dump => "describing it",
+            Phase::Transfer => "sending it",
+            Phase::Restore => "building it there",
+            Phase::Resume => "going over",
+        })
+    }
+}
+
+/// How long the parts of a move took, in microseconds. The process stands still for all but the first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Times {
+    /// Sending memory while it runs.
+    pub precopy_us: u64,
+    /// Stopping it.
+    pub seize_us: u64,
+    /// Describing it.
+    pub dump_us: u64,
+    /// Sending the pages that were left.
+    pub pages_us: u64,
+    /// Waiting until the other end has everything.
+    pub transfer_us: u64,
+    /// Building it there.
+    pub restore_us: u64,
+    /// Going over.
+    pub resume_us: u64,
+}
+
+impl Times {
+    /// How long it stood still.
+    pub fn frozen_us(&self) -> u64 {
+        self.seize_us + self.dump_us + self.pages_us + self.transfer_us + self.restore_us + self.resume_us
+    }
+}
+
+/// What became of the pages of a process that was moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct PageCounts {
+    /// Pages, counted as often as they were sent.
+    pub pages: u64,
+    /// Of them, those of nothing but zeros, which went as a mark.
+    pub zero: u64,
+    /// Of them, those that went compressed.
+    pub compressed: u64,
+    /// Bytes that were sent for them.
+    pub bytes: u64,
+}
+
+impl std::ops::AddAssign for Times {
+    fn add_assign(&mut self, other: Times) {
+        self.precopy_us += other.precopy_us;
+        self.seize_us += other.seize_us;
+        self.dump_us += other.dump_us;
+        self.pages_us += other.pages_us;
+        self.transfer_us += other.transfer_us;
+        self.restore_us += other.restore_us;
+        self.resume_us += other.resume_us;
+    }
+}
+
+impl std::ops::AddAssign for PageCounts {
+    fn add_assign(&mut self, other: PageCounts) {
+        self.pages += other.pages;
+        self.zero += other.zero;
+        self.compressed += other.compressed;
+        self.bytes += other.bytes;
+    }
+}
+
+/// A move that came about.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct MoveReport {
+    /// The parts.
+    pub times: Times,
+    /// Its pages.
+    pub pages: PageCounts,
+    /// How often its memory was gone through while it ran.
+    pub rounds: u32,
+    /// The way it took.
+    pub way: Way,
+    /// How its memory was moved: never [`Mode::Auto`].
+    pub mode: Mode,
+    /// Why it was not done otherwise.
+    pub note: String,
+}
+
+/// How far a move has got.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Progress {
+    /// The process.
+    pub pid: i32,
+    /// What it is doing.
+    pub phase: Phase,
+    /// What was done so far.
+    pub report: MoveReport,
+    /// Pages that are still to be sent, as far as that is known.
+    pub left: u64,
+}

@@ -1,0 +1,270 @@
+//! Processes that come here: what was sent of them is kept until they are built.
+//!
+//! A process comes on the contact, or on a link of its own, from home or from another node. Such a link is made for one process,
+//! as home asked for it ([`Kind::Listen`]), and nothing else can be said on it.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use linklayer::frame::Header;
+use linklayer::pages::{self, Kept};
+use linklayer::quic::{Fingerprint, Handler, Link, LinkError, LinkListener, OneTimeKey, Options};
+use linklayer::wire::{self, Kind, Listening, Place};
+use parking_lot::Mutex;
+
+use super::contact::Build;
+use super::shared::{Answer, Command, Shared};
+
+/// Most bytes of pages that may wait for one process that is being built.
+const MAX_PAGES_BYTES: usize = 8 << 30;
+/// How long somebody may take from being told of the link to its first packet.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the link of a process may be silent.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Most processes that may come at a time.
+const MAX_LINKS: usize = 256;
+
+/// Options of a link for one process.
+pub fn options() -> Options {
+    Options {
+        give_up_after: PATIENCE,
+        ..Options::bulk()
+    }
+}
+
+/// A process that is not complete yet.
+#[derive(Default)]
+pub struct Arriving {
+    launch: Option<wire::Launch>,
+    pages: Kept,
+    present: Option<Vec<(u64, u64)>>,
+}
+
+impl Arriving {
+    /// Takes up a frame about this process; true when it is the last.
+    fn frame(&mut self, pid: i32, kind: Kind, payload: &[u8]) -> Result<bool, String> {
+        match kind {
+            Kind::Launch => {
+                let launch: wire::Launch = wire::decode(payload).map_err(|e| e.to_string())?;
+                launch.image.validate().map_err(|e| e.to_string())?;
+                if launch.image.pid != pid {
+                    return Err(format!("process {} in place of {pid}", launch.image.pid));
+                }
+                self.launch = Some(launch);
+            }
+            Kind::Pages | Kind::PackedPages => {
+                let piece = pages::decode(kind, payload).map_err(|e| e.to_string())?;
+                self.pages
+                    .put(&piece, MAX_PAGES_BYTES)
+                    .map_err(|e| e.to_string())?;
+            }
+            Kind::Present => {
+                let more: wire::Present = wire::decode(payload).map_err(|e| e.to_string())?;
+                self.present.get_or_insert_default().extend(more.runs);
+            }
+            Kind::LaunchBuild => return Ok(true),
+            other => return Err(format!("{other:?} about a process that comes")),
+        }
+        Ok(false)
+    }
+}
+
+/// The processes that come.
+#[derive(Default)]
+pub struct Arrivals {
+    /// Those on the contact.
+    on_contact: Mutex<HashMap<i32, Arriving>>,
+    /// Links of their own.
+    links: Mutex<HashMap<i32, Link>>,
+}
+
+impl Arrivals {
+    /// Takes up a frame of the contact.
+    ///
+    /// # Errors
+    /// Home breaks the protocol.
+    pub fn frame(
+        &self,
+        shared: &Arc<Shared>,
+        link: &Link,
+        (lane, header): (u32, Header),
+        kind: Kind,
+        payload: &[u8],
+    ) -> Result<(), String> {
+        let pid = header.tid;
+        let mut all = self.on_contact.lock();
+        if kind == Kind::Launch {
+            all.insert(pid, Arriving::default());
+        }
+        let arriving = all
+            .get_mut(&pid)
+            .ok_or_else(|| format!("process {pid} was not announced"))?;
+        if !arriving.frame(pid, kind, payload)? {
+            return Ok(());
+        }
+        let arriving = all.remove(&pid).unwrap_or_default();
+        drop(all);
+        let answer = Answer {
+            link: link.clone(),
+            lane,
+            header,
+        };
+        prepare(shared, arriving, answer)
+    }
+
+    /// A process does not come, or is no more.
+    pub fn forget(&self, pid: i32) {
+        self.on_contact.lock().remove(&pid);
+        // Dropped without waiting for the peer.
+        self.links.lock().remove(&pid);
+    }
+
+    /// Waits for a process on a link of its own.
+    pub fn listen(&self, shared: &Arc<Shared>, request: wire::Listen) -> Listening {
+        let pid = request.pid;
+        if self.links.lock().len() >= MAX_LINKS {
+            return Listening::Refused("too many processes come at this moment".into());
+        }
+        let bound = OneTimeKey::generate().and_then(|key| {
+            let fingerprint = key.fingerprint().0;
+            let listener = LinkListener::bind(SocketAddr::new(shared.listen, 0), key)?;
+            Ok((listener, fingerprint))
+        });
+        let (listener, fingerprint) = match bound {
+            Ok(bound) => bound,
+            Err(e) => return Listening::Refused(e.to_string()),
+        };
+        let addr = listener.local_addr();
+        let starter = shared.starter.clone();
+        let shared = shared.clone();
+        starter.start("accept", move || {
+            let own = Arc::new(OwnLink {
+                shared: shared.clone(),
+                pid,
+                arriving: Mutex::default(),
+            });
+            let peer = Fingerprint(request.peer);
+            match listener.accept(peer, own, ACCEPT_TIMEOUT, options()) {
+                Ok(link) => {
+                    shared.arrivals.links.lock().insert(pid, link);
+                }
+                Err(e) => tracing::debug!(pid, error = %e, "nobody came"),
+            }
+        });
+        Listening::At(Place { addr, fingerprint })
+    }
+}
+
+/// This end of the link of one process.
+struct OwnLink {
+    shared: Arc<Shared>,
+    pid: i32,
+    arriving: Mutex<Arriving>,
+}
+
+impl Handler for OwnLink {
+    fn frame(&self, link: &Link, lane: u32, header: Header, payload: Vec<u8>) {
+        let kind = Kind::from_u16(header.kind).ok_or_else(|| format!("unknown kind {}", header.kind));
+        let done = kind.and_then(|kind| {
+            if header.tid != self.pid {
+                return Err(format!("process {} on the link of {}", header.tid, self.pid));
+            }
+            let mut arriving = self.arriving.lock();
+            if !arriving.frame(self.pid, kind, &payload)? {
+                return Ok(());
+            }
+            let arriving = std::mem::take(&mut *arriving);
+            let answer = Answer {
+                link: link.clone(),
+                lane,
+                header,
+            };
+            prepare(&self.shared, arriving, answer)
+        });
+        if let Err(why) = done {
+            tracing::error!(pid = self.pid, %why, "the sender of a process breaks the protocol");
+            link.close();
+            self.shared.arrivals.links.lock().remove(&self.pid);
+        }
+    }
+
+    fn lost(&self, why: &LinkError) {
+        tracing::debug!(pid = self.pid, error = %why, "link of a process");
+        *self.arriving.lock() = Arriving::default();
+        self.shared.arrivals.links.lock().remove(&self.pid);
+    }
+}
+
+/// Fetches what is missing of the files, off the thread that delivers frames, and hands the whole to the tracer.
+fn prepare(shared: &Arc<Shared>, arriving: Arriving, answer: Answer) -> Result<(), String> {
+    let Arriving {
+        launch,
+        mut pages,
+        present,
+    } = arriving;
+    let launch = launch.ok_or("a process without a description")?;
+    let starter = shared.starter.clone();
+    let shared = shared.clone();
+    starter.start("build", move || {
+        let begun = Instant::now();
+        match missing(&shared, &launch) {
+            Ok((files, ahead)) => {
+                if let Some(present) = present {
+                    pages.retain(&present);
+                }
+                shared.post(Command::Build(Box::new(Build {
+                    launch,
+                    pages,
+                    files,
+                    ahead,
+                    begun,
+                    answer,
+                })));
+            }
+            Err(refused) => answer.send(&wire::encode(&wire::LaunchReady {
+                refused,
+                restore_us: 0,
+            })),
+        }
+    });
+    Ok(())
+}
+
+type Missing = (HashMap<u64, Arc<super::files::Stored>>, linklayer::image::Clocks);
+
+fn missing(shared: &Shared, launch: &wire::Launch) -> Result<Missing, String> {
+    let mut files = HashMap::new();
+    for file in &launch.files {
+        let stored = shared
+            .files
+            .get(file, |offset, len| shared.read_file(file.id, offset, len))
+            .map_err(|e| format!("{}: {e}", String::from_utf8_lossy(&file.path)))?;
+        files.insert(file.id, stored);
+    }
+    let ahead = shared.clocks_ahead().map_err(|e| format!("home's clocks: {e}"))?;
+    Ok((files, ahead))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use linklayer::image::PAGE;
+
+    #[test]
+    fn a_process_is_kept_until_it_is_complete() {
+        let mut arriving = Arriving::default();
+        let page = [&0x1000u64.to_le_bytes()[..], &[7; PAGE as usize]].concat();
+        assert_eq!(arriving.frame(5, Kind::Pages, &page), Ok(false));
+        assert_eq!(arriving.pages.bytes(), PAGE as usize);
+        let present = wire::encode(&wire::Present {
+            runs: vec![(0, PAGE)],
+        });
+        assert_eq!(arriving.frame(5, Kind::Present, &present), Ok(false));
+        assert!(arriving.frame(5, Kind::Launch, b"nonsense").is_err());
+        assert!(arriving.frame(5, Kind::Signal, &[]).is_err());
+        assert_eq!(arriving.frame(5, Kind::LaunchBuild, &[]), Ok(true));
+        assert!(arriving.launch.is_none());
+    }
+}

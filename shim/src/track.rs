@@ -1,0 +1,158 @@
+//! Which pages of a running process change.
+//!
+//! A userfaultfd that is made in the process and taken out of it (pidfd_getfd(2)) has its memory write-protected; the kernel
+//! itself lifts the protection of a page that is written (UFFD_FEATURE_WP_ASYNC, Linux 6.7), so that nobody waits for anybody,
+//! and PAGEMAP_SCAN tells and protects anew. Memory that is mapped later is taken in when it is looked at next.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use linklayer::image::{PAGE, RESERVED};
+use linklayer::pages::Writer;
+use linklayer::wire::Kind;
+
+use crate::capture::{
+    CaptureError, Found, MapLine, map_lines, page_runs_of, scan_written, vdso_site, write_running,
+};
+use crate::ptrace::Stopped;
+use crate::remote_call::RemoteCalls;
+
+/// linux/userfaultfd.h.
+const USER_MODE_ONLY: u64 = 1;
+const UFFD_API: u64 = 0xaa;
+const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+const FEATURE_WP_ASYNC: u64 = 1 << 15;
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const MODE_WP: u64 = 1 << 1;
+
+/// Memory is gone through at most so often while the process runs; not again after a round with few pages.
+const MOST_ROUNDS: u32 = 10;
+const FEW_PAGES: u64 = 256;
+
+/// Watches the memory of one process. When it is dropped, the memory is as it was.
+#[derive(Debug)]
+pub struct Tracker {
+    pid: i32,
+    uffd: OwnedFd,
+    pagemap: File,
+}
+
+impl Tracker {
+    /// Begins to watch a process all of whose threads are stopped; `stopped` is one of them, and `key` lets calls pass its
+    /// filter (0: it has none). Pages count as changed until [`Tracker::round`] has told of them.
+    ///
+    /// # Errors
+    /// The kernel cannot do it, the process uses userfaultfd(2) itself, or it is gone. It is as it was.
+    pub fn begin(stopped: &mut Stopped, key: u64) -> Result<Tracker, CaptureError> {
+        let pid = stopped.tid();
+        let own = map_lines(pid, true)?
+            .iter()
+            .any(|l| [b"um", b"uw", b"ui"].iter().any(|mark| l.flags.contains(*mark)));
+        if own {
+            return Err(CaptureError::Unsuitable("it uses userfaultfd".into()));
+        }
+        let site = vdso_site(pid)?;
+        let mut calls = RemoteCalls::begin(Stopped::assume(pid, stopped.stop()), site)?;
+        calls.show(key);
+        let made = make(&mut calls);
+        *stopped = calls.end()?;
+        let uffd = made?;
+        let mut api = [UFFD_API, FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED, 0];
+        // SAFETY: the request reads and writes a struct uffdio_api, three words.
+        if unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) } < 0 {
+            return Err(CaptureError::Unsuitable(format!(
+                "this kernel does not tell which pages change (userfaultfd with asynchronous write protection, Linux 6.7): {}",
+                io::Error::last_os_error()
+            )));
+        }
+        let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+        Ok(Tracker { pid, uffd, pagemap })
+    }
+
+    /// What has changed since the last time, in the order of addresses: only pages that cannot be had from files.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn round(&self) -> io::Result<Vec<Range<u64>>> {
+        let mut runs = Vec::new();
+        for line in map_lines(self.pid, false)? {
+            if !watched(&line) {
+                continue;
+            }
+            let private_file = line.ino != 0;
+            let mut found = scan_written(&self.pagemap, &line.range, private_file)?;
+            if matches!(found, Found::Unwatched) {
+                if self.register(&line.range).is_err() {
+                    // Given up meanwhile; or it cannot be watched, and its pages count as changed every time.
+                    runs.extend(page_runs_of(self.pid, &line.range, private_file)?);
+                    continue;
+                }
+                found = scan_written(&self.pagemap, &line.range, private_file)?;
+            }
+            match found {
+                Found::Runs(more) => runs.extend(more),
+                Found::Unwatched => {
+                    runs.extend(page_runs_of(self.pid, &line.range, private_file)?);
+                }
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Sends the memory of the process while it runs, again and again what has changed, until little changes or it does not get
+    /// less. `tell` hears after each round how many there were, and how many pages the last one had. Gives the number of rounds.
+    ///
+    /// # Errors
+    /// The process is gone, or `sink`'s.
+    pub fn precopy(
+        &self,
+        writer: &mut Writer,
+        sink: &mut impl FnMut(Kind, &[&[u8]]) -> io::Result<()>,
+        tell: &mut dyn FnMut(&Writer, u32, u64),
+    ) -> io::Result<u32> {
+        let mut before = u64::MAX;
+        for round in 1..=MOST_ROUNDS {
+            let runs = self.round()?;
+            let pages = runs.iter().map(|r| (r.end - r.start) / PAGE).sum::<u64>();
+            write_running(self.pid, &runs, writer, sink)?;
+            tell(writer, round, pages);
+            if pages <= FEW_PAGES || pages > before / 4 * 3 {
+                return Ok(round);
+            }
+            before = pages;
+        }
+        Ok(MOST_ROUNDS)
+    }
+
+    fn register(&self, range: &Range<u64>) -> io::Result<()> {
+        let mut request = [range.start, range.end - range.start, MODE_WP, 0];
+        // SAFETY: the request reads and writes a struct uffdio_register, four words.
+        if unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_REGISTER, request.as_mut_ptr()) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+/// Whether pages of an area are moved with the process at all.
+fn watched(line: &MapLine) -> bool {
+    let kernel = matches!(
+        line.path.as_slice(),
+        b"[vdso]" | b"[vvar]" | b"[vvar_vclock]" | b"[vsyscall]"
+    );
+    let reserved = line.range.start < RESERVED.end && RESERVED.start < line.range.end;
+    !kernel && !reserved && !line.shared
+}
+
+/// Has the process make a userfaultfd, and takes it away from it.
+fn make(calls: &mut RemoteCalls) -> Result<OwnedFd, CaptureError> {
+    let tid = calls.tid();
+    let flags = libc::O_CLOEXEC as u64 | USER_MODE_ONLY;
+    let fd = calls.call("userfaultfd", libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0])?;
+    let taken = crate::fd::get_from(tid, fd as i32);
+    calls.call("close", libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
+    Ok(taken?)
+}
