@@ -80,11 +80,29 @@ impl Contact {
             Kind::HomeCommit => shared.post(Command::HomeCommit(reply, body(&payload)?)),
             Kind::Pages | Kind::PackedPages => {
                 let piece = linklayer::pages::decode(kind, &payload).map_err(|e| e.to_string())?;
-                self.write_pages(reply.header.tid, piece.address, &piece.data)?;
+                write_pages(shared, reply.header.tid, piece.address, &piece.data)?;
             }
             Kind::SharedPages => {
                 let (id, offset, data) = wire::shared_pages(&payload).map_err(|e| e.to_string())?;
                 shared.objects.write((self.node, id), offset, data)?;
+            }
+            Kind::Coming => {
+                let request: wire::Coming = body(&payload)?;
+                if !shared.table.lock().contains_key(&request.pid) {
+                    reply.errno(libc::ESRCH);
+                    return Ok(());
+                }
+                let shared = shared.clone();
+                spawn("coming", move || {
+                    match crate::coming::connect(&shared, &request) {
+                        Ok(()) => reply.errno(0),
+                        Err(e) => {
+                            tracing::warn!(pid = request.pid, error = %e, "pages come on the contact");
+                            shared.coming.forget(request.pid);
+                            reply.errno(libc::EHOSTUNREACH);
+                        }
+                    }
+                });
             }
             Kind::KeepBack => shared.post(Command::KeepBack(reply, body::<wire::Pid>(&payload)?.0)),
             Kind::Moved => shared.post(Command::Moved(reply, self.node, Box::new(body(&payload)?))),
@@ -143,24 +161,24 @@ impl Contact {
         let shared = self.shared.clone();
         calls::in_turn(&self.shared, reply.header.tid, move || shared.post(command));
     }
+}
 
-    /// Writes pages of a process that comes home into its vessel. Only a process that has announced itself
-    /// ([`Kind::Homecoming`]) and only addresses of user space outside the deputy's own areas are accepted.
-    fn write_pages(&self, pid: i32, address: u64, data: &[u8]) -> Result<(), String> {
-        if !self.shared.homecoming.lock().contains(&pid) {
-            return Err(format!("pages for process {pid}, which is not on its way home"));
-        }
-        let end = address
-            .checked_add(data.len() as u64)
-            .ok_or("pages beyond the address space")?;
-        let reserved = linklayer::image::RESERVED;
-        if end > linklayer::image::USER_END || (address < reserved.end && end > reserved.start) {
-            return Err(format!("pages at {address:#x}, which no guest has"));
-        }
-        shim::memory::ProcessMemory::new(pid)
-            .write_forced(address, data)
-            .map_err(|e| format!("pages of process {pid} at {address:#x}: {e}"))
+/// Writes pages of a process that comes home into its vessel. Only a process that has announced itself
+/// ([`Kind::Homecoming`]) and only addresses of user space outside the deputy's own areas are accepted.
+pub fn write_pages(shared: &Shared, pid: i32, address: u64, data: &[u8]) -> Result<(), String> {
+    if !shared.homecoming.lock().contains(&pid) {
+        return Err(format!("pages for process {pid}, which is not on its way home"));
     }
+    let end = address
+        .checked_add(data.len() as u64)
+        .ok_or("pages beyond the address space")?;
+    let reserved = linklayer::image::RESERVED;
+    if end > linklayer::image::USER_END || (address < reserved.end && end > reserved.start) {
+        return Err(format!("pages at {address:#x}, which no guest has"));
+    }
+    shim::memory::ProcessMemory::new(pid)
+        .write_forced(address, data)
+        .map_err(|e| format!("pages of process {pid} at {address:#x}: {e}"))
 }
 
 /// Runs something that may wait on a thread of its own.

@@ -292,6 +292,7 @@ impl Home {
         self.shared.table.lock().remove(&pid);
         self.shared.homecoming.lock().remove(&pid);
         self.shared.progress.lock().remove(&pid);
+        self.shared.coming.forget(pid);
         self.shared.objects.forget(pid);
         self.memory_returned(pid);
         self.shared.catchers.write().remove(&pid);
@@ -330,7 +331,7 @@ impl Home {
             Command::Moved(reply, from, moved) => self.moved(reply, from, *moved),
             Command::KeepBack(reply, pid) => self.keep_back(reply, pid),
             Command::Freeze(pid, stop, done) => self.freeze(pid, stop, &done),
-            Command::Bring(pid, reason, done) => self.bring(pid, reason, done),
+            Command::Bring(pid, reason, mode, done) => self.bring(pid, reason, mode, done),
             Command::Release(done) => self.release_job(done),
             Command::Settle(pending, ret) => self.settle(*pending, ret),
             Command::Unblock(pending, ret) => self.unblock(*pending, ret),

@@ -185,6 +185,7 @@ impl Home {
         for pid in group {
             self.shared.homecoming.lock().remove(pid);
             self.shared.objects.forget(*pid);
+            self.shared.coming.forget(*pid);
             // One that was killed meanwhile does not come.
             let Some(process) = self.processes.get_mut(pid) else {
                 continue;

@@ -147,6 +147,7 @@ impl Home {
         }
         self.shared.homecoming.lock().remove(&pid);
         self.shared.objects.forget(pid);
+        self.shared.coming.forget(pid);
         let Some(hop) = process.hop.take() else {
             let node = process.node();
             for waiter in process.waiters.drain(..) {
@@ -169,6 +170,14 @@ impl Home {
             hop.fail(pid, why);
             return Ok(());
         }
+        if process.away().is_some_and(|away| away.frozen) {
+            let why = format!(
+                "process {pid} stays where it is: {}: {why}; it is stopped, so it does not go by way of home",
+                failed.phase
+            );
+            hop.fail(pid, why);
+            return Ok(());
+        }
         // The nodes do not reach each other, but home reaches both.
         let mut wish = hop.withdraw(pid);
         wish.before = Some(MoveReport {
@@ -179,7 +188,8 @@ impl Home {
             ..MoveReport::default()
         });
         process.next = Some(wish);
+        let mode = process.next.as_ref().map_or(wire::Mode::Auto, |w| w.mode);
         let (arrived, _) = crossbeam_channel::bounded(1);
-        self.bring(pid, StayReason::Asked, arrived)
+        self.bring(pid, StayReason::Asked, mode, arrived)
     }
 }

@@ -4,6 +4,7 @@
 
 mod adopt;
 pub mod calls;
+mod coming;
 mod contact;
 mod entry;
 mod files;

@@ -114,7 +114,7 @@ pub enum Command {
     /// It has ended with this reply.
     Exposed(Box<crate::calls::Pending>, Vec<u8>),
     /// Bring a process home; the answer tells when it is there, or why it is not.
-    Bring(i32, StayReason, Done),
+    Bring(i32, StayReason, wire::Mode, Done),
     /// Move a process to a node; the answer tells when it runs there, or why it does not.
     Out(i32, Box<Wish>),
     /// The way out is ready, or cannot be made so.
@@ -167,6 +167,8 @@ pub struct Shared {
     pub homecoming: Mutex<std::collections::HashSet<i32>>,
     /// What processes on their way home share, by the node that they come from and its id there.
     pub objects: Objects<(u32, u64)>,
+    /// Memory that comes home in front of its process.
+    pub coming: crate::coming::Coming,
     /// How far moves that are under way have got, by process.
     pub progress: Mutex<HashMap<i32, wire::Progress>>,
     /// Last usage report of each node.
@@ -206,6 +208,7 @@ impl Shared {
             table: Mutex::default(),
             homecoming: Mutex::default(),
             objects: Default::default(),
+            coming: crate::coming::Coming::default(),
             progress: Mutex::default(),
             usage: Mutex::default(),
         })

@@ -482,7 +482,13 @@ impl Home {
 
     // --- coming home
 
-    pub(crate) fn bring(&mut self, pid: i32, reason: StayReason, done: Done) -> anyhow::Result<()> {
+    pub(crate) fn bring(
+        &mut self,
+        pid: i32,
+        reason: StayReason,
+        mode: wire::Mode,
+        done: Done,
+    ) -> anyhow::Result<()> {
         let Some(process) = self.processes.get_mut(&pid) else {
             let _ = done.send(Err(format!("process {pid} is not one of this job")));
             return Ok(());
@@ -505,7 +511,7 @@ impl Home {
                     &away.link,
                     pid,
                     Kind::Bring,
-                    &wire::encode(&wire::Bring { pid, reason }),
+                    &wire::encode(&wire::Bring { pid, reason, mode }),
                 );
                 process.waiters.push(done);
             }

@@ -105,6 +105,11 @@ pub enum Kind {
     MoveTo = 48,
     /// Supervisor to deputy: a process stands ready at the other node ([`Moved`]); answer [`Errno`].
     Moved = 49,
+    /// Supervisor to deputy: the memory of a process that is going to come home comes on a link of its own ([`Coming`]); answer
+    /// [`Errno`] (0: home has connected).
+    Coming = 53,
+    /// Supervisor to deputy, on such a link: all memory has been sent (empty body); answer [`Errno`] (0: it is in the vessel).
+    PagesEnd = 54,
     /// Supervisor to deputy: how far a move has got ([`Progress`]).
     Progress = 52,
     /// Deputy to supervisor: a signal for a guest ([`Signal`]).
@@ -134,7 +139,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_u16(n: u16) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 39] = [
+        const ALL: [Kind; 41] = [
             Call,
             Clone,
             Exec,
@@ -174,6 +179,8 @@ impl Kind {
             MoveTo,
             Moved,
             Progress,
+            Coming,
+            PagesEnd,
         ];
         ALL.into_iter().find(|k| *k as u16 == n)
     }
@@ -521,6 +528,8 @@ pub struct Bring {
     pub pid: i32,
     /// Why.
     pub reason: crate::stay::StayReason,
+    /// How its memory is sent.
+    pub mode: Mode,
 }
 
 #[cfg(test)]
@@ -535,7 +544,7 @@ mod tests {
             }
         }
         assert!(Kind::from_u16(0).is_none());
-        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 39);
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 41);
     }
 
     #[test]

@@ -75,6 +75,17 @@ pub struct MoveTo {
     pub mode: Mode,
 }
 
+/// A supervisor waits with the memory of a process that is going to come home.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Coming {
+    /// The process.
+    pub pid: i32,
+    /// Where it waits.
+    pub place: Place,
+    /// The one-time key to show there (`OneTimeKey::to_bytes`).
+    pub key: Vec<u8>,
+}
+
 /// A process stands ready at the other node, and still here: home decides. Answered with [`Errno`](super::Errno); 0: it runs there
 /// now, forget it.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]

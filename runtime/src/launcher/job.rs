@@ -448,7 +448,7 @@ impl JobControl for Control {
         let number = pid as i32;
         let (done, wait) = crossbeam_channel::bounded(1);
         self.shared.post(if to == crate::jobs::HOME || to == self.home {
-            deputy::Command::Bring(number, StayReason::Asked, done)
+            deputy::Command::Bring(number, StayReason::Asked, mode, done)
         } else {
             deputy::Command::Out(number, Box::new(deputy::Wish::new(to, mode, done)))
         });

@@ -26,6 +26,18 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Most processes that may come at a time.
 const MAX_LINKS: usize = 256;
 
+/// Binds a link for one process.
+///
+/// # Errors
+/// The system's.
+pub fn bind(shared: &Shared) -> Result<(LinkListener, Place), LinkError> {
+    let key = OneTimeKey::generate()?;
+    let fingerprint = key.fingerprint().0;
+    let listener = LinkListener::bind(SocketAddr::new(shared.listen, 0), key)?;
+    let addr = listener.local_addr();
+    Ok((listener, Place { addr, fingerprint }))
+}
+
 /// Options of a link for one process.
 pub fn options() -> Options {
     Options {
@@ -127,16 +139,10 @@ impl Arrivals {
         if self.links.lock().len() >= MAX_LINKS {
             return Listening::Refused("too many processes come at this moment".into());
         }
-        let bound = OneTimeKey::generate().and_then(|key| {
-            let fingerprint = key.fingerprint().0;
-            let listener = LinkListener::bind(SocketAddr::new(shared.listen, 0), key)?;
-            Ok((listener, fingerprint))
-        });
-        let (listener, fingerprint) = match bound {
+        let (listener, place) = match bind(shared) {
             Ok(bound) => bound,
             Err(e) => return Listening::Refused(e.to_string()),
         };
-        let addr = listener.local_addr();
         let starter = shared.starter.clone();
         let shared = shared.clone();
         starter.start("accept", move || {
@@ -153,7 +159,7 @@ impl Arrivals {
                 Err(e) => tracing::debug!(pid, error = %e, "nobody came"),
             }
         });
-        Listening::At(Place { addr, fingerprint })
+        Listening::At(place)
     }
 }
 

@@ -97,7 +97,7 @@ impl Contact {
             }
             Kind::Bring => {
                 let bring: wire::Bring = body(&payload)?;
-                shared.post(Command::GoHome(bring.pid, bring.reason));
+                super::departure::begin_home(shared, bring);
             }
             Kind::Hello => {
                 let hello: wire::Hello = body(&payload)?;

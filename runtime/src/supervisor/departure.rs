@@ -3,13 +3,14 @@
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use linklayer::frame::Header;
 use linklayer::image::{AreaKind, ProcessImage};
 use linklayer::pages::Writer;
 use linklayer::quic::{Fingerprint, Handler, Link, LinkError, OneTimeKey};
+use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, Mode, MoveReport, MoveTo, Phase};
 use shim::track::Tracker;
 
@@ -20,10 +21,16 @@ use super::tracer::{Hold, Tracer};
 
 /// From this size on a guest runs while its memory is sent, when nobody says otherwise, bytes.
 const PRECOPY_BYTES: u64 = 64 << 20;
+/// A guest with more memory than this gets a link of its own to go home, bytes.
+const LARGE_BYTES: u64 = 4 << 20;
+/// How long home may take from being told of the link to its first packet.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A guest that is to leave, and what was made ready for it.
 pub(super) struct Departure {
     pid: i32,
+    /// Why it goes home, if it does not go to another node.
+    home: Option<StayReason>,
     link: Link,
     pub(super) tracker: Option<Tracker>,
     writer: Writer,
@@ -90,28 +97,101 @@ fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure
     let peer = Fingerprint(order.place.fingerprint);
     let link =
         Link::connect(order.place.addr, &key, peer, Arc::new(Mute), arrivals::options()).map_err(reach)?;
-    let mut departure = Departure {
-        pid,
-        link,
-        tracker: None,
-        writer: Writer::default(),
-        report: MoveReport {
-            mode: Mode::Freeze,
-            ..MoveReport::default()
-        },
-        since: Instant::now(),
-    };
-    let wanted = match order.mode {
-        Mode::Auto => super::usage::resident_bytes(guest.memory.pid()) >= PRECOPY_BYTES,
-        Mode::Freeze => false,
-        Mode::Precopy => true,
-    };
-    if wanted && let Err(why) = precopy(shared, &mut departure) {
-        departure.report.note = format!("not sent while it ran: {why}");
-        departure.tracker = None;
+    let mut departure = Departure::new(pid, None, link);
+    if wants_precopy(order.mode, super::usage::resident_bytes(guest.memory.pid()))
+        && let Err(why) = precopy(shared, &mut departure)
+    {
+        departure.not_while_it_ran(&why);
     }
     departure.since = Instant::now();
     Ok(departure)
+}
+
+fn wants_precopy(mode: Mode, size_bytes: u64) -> bool {
+    match mode {
+        Mode::Auto => size_bytes >= PRECOPY_BYTES,
+        Mode::Freeze => false,
+        Mode::Precopy => true,
+    }
+}
+
+/// Home wants a guest back. One with little memory is stopped at once and sent on the contact; for another, home connects to a
+/// link of its own first.
+pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
+    let wire::Bring { pid, reason, mode } = bring;
+    let guest = shared.guests.read().get(&pid).cloned();
+    let size_bytes = guest.map_or(0, |g| super::usage::resident_bytes(g.memory.pid()));
+    if size_bytes <= LARGE_BYTES && mode != Mode::Precopy {
+        shared.post(Command::GoHome(pid, reason));
+        return;
+    }
+    let starter = shared.starter.clone();
+    let shared = shared.clone();
+    starter.start("departure", move || match link_to_home(&shared, pid) {
+        Ok(link) => {
+            let mut departure = Departure::new(pid, Some(reason), link);
+            if wants_precopy(mode, size_bytes)
+                && let Err(why) = precopy(&shared, &mut departure)
+            {
+                departure.not_while_it_ran(&why);
+            }
+            departure.since = Instant::now();
+            shared.post(Command::Depart(Box::new(departure)));
+        }
+        Err(e) => {
+            tracing::warn!(pid, error = format!("{e:#}"), "pages go on the contact");
+            shared.post(Command::GoHome(pid, reason));
+        }
+    });
+}
+
+/// Has home connect to a link for the memory of one process.
+fn link_to_home(shared: &Arc<Shared>, pid: i32) -> anyhow::Result<Link> {
+    let key = OneTimeKey::generate()?;
+    let (listener, place) = arrivals::bind(shared)?;
+    let request = wire::Coming {
+        pid,
+        place,
+        key: key.to_bytes(),
+    };
+    let (say, said) = crossbeam_channel::bounded(1);
+    let peer = key.fingerprint();
+    shared.starter.start("accept", move || {
+        let _ = say.send(listener.accept(peer, Arc::new(Mute), ACCEPT_TIMEOUT, arrivals::options()));
+    });
+    let answer = shared.ask(pid, pid, Kind::Coming, &wire::encode(&request))?;
+    let wire::Errno(errno) = wire::decode(&answer)?;
+    let why = nix::errno::Errno::from_raw(errno).desc();
+    anyhow::ensure!(errno == 0, "home: {why}");
+    Ok(said.recv()??)
+}
+
+impl Departure {
+    fn new(pid: i32, home: Option<StayReason>, link: Link) -> Departure {
+        Departure {
+            pid,
+            home,
+            link,
+            tracker: None,
+            writer: Writer::default(),
+            report: MoveReport {
+                mode: Mode::Freeze,
+                ..MoveReport::default()
+            },
+            since: Instant::now(),
+        }
+    }
+
+    fn not_while_it_ran(&mut self, why: &str) {
+        self.report.note = format!("not sent while it ran: {why}");
+        self.report.mode = Mode::Freeze;
+        self.tracker = None;
+    }
+
+    /// The way home for the memory of its process.
+    pub(super) fn into_parts(self) -> (Link, Option<Tracker>, Writer, MoveReport) {
+        (self.link, self.tracker, self.writer, self.report)
+    }
 }
 
 fn precopy(shared: &Arc<Shared>, departure: &mut Departure) -> Result<(), String> {
@@ -161,7 +241,7 @@ pub(super) fn tell_progress(
     shared.tell(lane, Kind::Progress, &wire::encode(&progress));
 }
 
-fn send(link: &Link, pid: i32, kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
+pub(super) fn send(link: &Link, pid: i32, kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
     let header = Header::new(kind as u16, pid, link.next_seq());
     link.send(pid as u32, header, parts).map_err(io::Error::other)
 }
@@ -176,11 +256,17 @@ impl Tracer {
             return Ok(());
         }
         if self.holds.get(&pid).is_some_and(Hold::captures) {
-            refuse("it is on its way home");
+            if departure.home.is_none() {
+                refuse("it is on its way home");
+            }
             return Ok(());
         }
+        let hold = match departure.home.clone() {
+            Some(reason) => Hold::Home { first: pid, reason },
+            None => Hold::Node,
+        };
         self.departures.insert(pid, departure);
-        self.hold(pid, Hold::Node)
+        self.hold(pid, hold)
     }
 
     /// A guest's memory is to be watched: all its threads are stopped for a moment.

@@ -167,7 +167,12 @@ impl Tracer {
         let mut captured = Vec::new();
         for guest in members {
             let (image, vforks) = self
-                .capture(guest, false)
+                .capture(
+                    guest,
+                    self.departures
+                        .get(&guest.pid)
+                        .is_some_and(|d| d.tracker.is_some()),
+                )
                 .map_err(|e| e.context(format!("process {}", guest.pid)))?;
             let reason = match self.holds.get(&guest.pid) {
                 Some(Hold::Home { reason, .. }) => reason.clone(),
@@ -180,6 +185,7 @@ impl Tracer {
                 image,
                 reason,
                 vforks,
+                own: self.departures.remove(&guest.pid),
             });
         }
         Ok(captured)

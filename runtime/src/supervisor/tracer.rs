@@ -479,6 +479,7 @@ impl Tracer {
     pub(super) fn release(&mut self, pid: i32) -> anyhow::Result<()> {
         self.holds.remove(&pid);
         self.quiet.remove(&pid);
+        self.departures.remove(&pid);
         if let Some(guest) = self.shared.guests.read().get(&pid) {
             guest.freezing.store(false, Ordering::Release);
         }

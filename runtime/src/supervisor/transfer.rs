@@ -10,8 +10,9 @@ use linklayer::pages::Writer;
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, Phase, Times, Vfork};
 use shim::capture::SharedObjects;
+use shim::track::Tracker;
 
-use super::departure;
+use super::departure::{self, Departure};
 use super::shared::{Command, Shared};
 
 /// A captured guest.
@@ -24,6 +25,8 @@ pub(super) struct Member {
     pub(super) image: ProcessImage,
     pub(super) reason: StayReason,
     pub(super) vforks: Vec<Vfork>,
+    /// The link of its own on which its memory goes, if it has one.
+    pub(super) own: Option<Departure>,
 }
 
 /// Sends a group home on a thread of its own, and says so to the tracer.
@@ -43,7 +46,7 @@ fn errno(answer: &[u8], what: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn send(shared: &Shared, members: Vec<Member>, times: Times) -> anyhow::Result<()> {
+fn send(shared: &Shared, mut members: Vec<Member>, times: Times) -> anyhow::Result<()> {
     let mut group: Vec<i32> = members.iter().map(|m| m.pid).collect();
     let shared_memory = SharedObjects::of(members.iter().map(|m| (m.reached_by, &m.image)));
     let lane = group.first().copied().unwrap_or_default();
@@ -67,9 +70,28 @@ fn send(shared: &Shared, members: Vec<Member>, times: Times) -> anyhow::Result<(
     let begun = Instant::now();
     let mut writer = Writer::default();
     let mut spaces = HashSet::new();
-    let coming = |m: &&Member| group.contains(&m.pid);
-    for member in members.iter().filter(coming).filter(|m| spaces.insert(m.space)) {
-        send_pages(shared, lane, member, &mut writer)?;
+    let mut report = wire::MoveReport {
+        mode: wire::Mode::Freeze,
+        ..wire::MoveReport::default()
+    };
+    // What watched their memory is kept until nobody needs that any more.
+    let mut trackers = Vec::new();
+    for member in members.iter_mut().filter(|m| group.contains(&m.pid)) {
+        if !spaces.insert(member.space) {
+            continue;
+        }
+        match member.own.take() {
+            Some(own) => {
+                let (sent, tracker) = send_own(member, own)?;
+                trackers.extend(tracker);
+                report.times += sent.times;
+                report.pages += sent.pages;
+                report.rounds = report.rounds.max(sent.rounds);
+                report.mode = sent.mode;
+                report.note = sent.note;
+            }
+            None => send_pages(shared, lane, member, &mut writer)?,
+        }
     }
     let link = shared.link()?;
     // Home's new objects are empty.
@@ -79,18 +101,35 @@ fn send(shared: &Shared, members: Vec<Member>, times: Times) -> anyhow::Result<(
         link.send(lane as u32, header, &parts)
             .map_err(std::io::Error::other)
     })?;
-    let mut report = wire::MoveReport {
-        times,
-        pages: writer.counts,
-        mode: wire::Mode::Freeze,
-        ..wire::MoveReport::default()
-    };
+    report.times += times;
+    report.pages += writer.counts;
     report.times.pages_us = begun.elapsed().as_micros() as u64;
     for pid in &group {
         departure::tell_progress(shared, *pid, lane, Phase::Resume, report.clone(), 0);
     }
     let commit = wire::encode(&wire::HomeCommit { group });
     errno(&shared.ask(lane, lane, Kind::HomeCommit, &commit)?, "resuming")
+}
+
+/// Sends the memory of a process on its own link, and waits until home has written it.
+fn send_own(member: &Member, own: Departure) -> anyhow::Result<(wire::MoveReport, Option<Tracker>)> {
+    let (link, tracker, mut writer, mut report) = own.into_parts();
+    let pid = member.pid;
+    let all = shim::capture::all_runs(member.reached_by, &member.image.areas)?;
+    let mut sink = |kind: Kind, parts: &[&[u8]]| departure::send(&link, pid, kind, parts);
+    match &tracker {
+        Some(tracker) => {
+            let runs = tracker.round()?;
+            shim::capture::write_pages(member.reached_by, &runs, &mut writer, &mut sink)?;
+            wire::present(&all, &mut |body| sink(Kind::Present, &[body]))?;
+        }
+        None => shim::capture::write_pages(member.reached_by, &all, &mut writer, &mut sink)?,
+    }
+    report.pages = writer.counts;
+    let header = Header::new(Kind::PagesEnd as u16, pid, link.next_seq());
+    let (_, answer) = link.call(pid as u32, header, &[])?;
+    errno(&answer, "memory")?;
+    Ok((report, tracker))
 }
 
 fn send_pages(shared: &Shared, lane: i32, member: &Member, writer: &mut Writer) -> anyhow::Result<()> {

@@ -1,0 +1,142 @@
+//! Memory that comes home in front of its process, on a link of its own.
+//!
+//! It is kept until the vessel has the layout of the process, which is known only when that stands still. What comes after that is
+//! written at once, unless there is something that was kept: what came last counts.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use linklayer::frame::{Header, flags};
+use linklayer::pages::{self, Kept};
+use linklayer::quic::{Fingerprint, Handler, Link, LinkError, OneTimeKey};
+use linklayer::wire::{self, Kind};
+use parking_lot::Mutex;
+
+use crate::road;
+use crate::shared::Shared;
+
+/// Most bytes of memory that are kept for one process.
+const MAX_KEPT_BYTES: usize = 4 << 30;
+
+/// Memory of processes that come home.
+#[derive(Default)]
+pub struct Coming {
+    kept: Mutex<HashMap<i32, Early>>,
+}
+
+#[derive(Default)]
+struct Early {
+    pages: Kept,
+    present: Vec<(u64, u64)>,
+    link: Option<Link>,
+}
+
+impl Coming {
+    /// A process is at home, or does not come.
+    pub fn forget(&self, pid: i32) {
+        // Its link is dropped with it.
+        let early = self.kept.lock().remove(&pid);
+        drop(early);
+    }
+}
+
+/// Connects to where a supervisor waits so as to send the memory of a process.
+pub fn connect(shared: &Arc<Shared>, request: &wire::Coming) -> Result<(), LinkError> {
+    let pid = request.pid;
+    shared.coming.kept.lock().insert(pid, Early::default());
+    let key = OneTimeKey::from_bytes(&request.key)?;
+    let handler = Arc::new(OwnLink {
+        shared: shared.clone(),
+        pid,
+    });
+    let peer = Fingerprint(request.place.fingerprint);
+    let link = Link::connect(request.place.addr, &key, peer, handler, road::options())?;
+    if let Some(early) = shared.coming.kept.lock().get_mut(&pid) {
+        early.link = Some(link);
+    }
+    Ok(())
+}
+
+/// This end of the link of one process.
+struct OwnLink {
+    shared: Arc<Shared>,
+    pid: i32,
+}
+
+impl OwnLink {
+    fn take_up(&self, link: &Link, lane: u32, header: Header, payload: &[u8]) -> Result<(), String> {
+        let kind = Kind::from_u16(header.kind).ok_or_else(|| format!("unknown kind {}", header.kind))?;
+        if header.tid != self.pid {
+            return Err(format!("process {} on the link of {}", header.tid, self.pid));
+        }
+        match kind {
+            Kind::Pages | Kind::PackedPages => {
+                let piece = pages::decode(kind, payload).map_err(|e| e.to_string())?;
+                let laid_out = self.shared.homecoming.lock().contains(&self.pid);
+                let mut all = self.shared.coming.kept.lock();
+                let early = all.get_mut(&self.pid).ok_or("nothing was announced")?;
+                if laid_out && early.pages.bytes() == 0 {
+                    drop(all);
+                    return crate::contact::write_pages(&self.shared, self.pid, piece.address, &piece.data);
+                }
+                early.pages.put(&piece, MAX_KEPT_BYTES).map_err(|e| e.to_string())
+            }
+            Kind::Present => {
+                let present: wire::Present = wire::decode(payload).map_err(|e| e.to_string())?;
+                let mut all = self.shared.coming.kept.lock();
+                let early = all.get_mut(&self.pid).ok_or("nothing was announced")?;
+                early.present.extend(present.runs);
+                Ok(())
+            }
+            // All has been sent: it is written into the vessel.
+            Kind::PagesEnd => {
+                let early = self.shared.coming.kept.lock().get_mut(&self.pid).map(|early| {
+                    (
+                        std::mem::take(&mut early.pages),
+                        std::mem::take(&mut early.present),
+                    )
+                });
+                let (pages, present) = early.ok_or("nothing was announced")?;
+                let (shared, pid, link) = (self.shared.clone(), self.pid, link.clone());
+                crate::contact::spawn("coming", move || {
+                    let errno = write_all(&shared, pid, pages, &present);
+                    let header = Header {
+                        flags: flags::REPLY,
+                        ..header
+                    };
+                    if let Err(e) = link.send(lane, header, &[&wire::encode(&errno)]) {
+                        tracing::debug!(error = %e, "answer not sent");
+                    }
+                });
+                Ok(())
+            }
+            other => Err(format!("{other:?} on the link of a process")),
+        }
+    }
+}
+
+fn write_all(shared: &Shared, pid: i32, mut pages: Kept, present: &[(u64, u64)]) -> wire::Errno {
+    if pages.bytes() > 0 {
+        pages.retain(present);
+    }
+    for (address, data) in pages.runs() {
+        if let Err(why) = crate::contact::write_pages(shared, pid, address, data) {
+            tracing::error!(pid, %why, "memory that came home");
+            return wire::Errno(libc::EIO);
+        }
+    }
+    wire::Errno(0)
+}
+
+impl Handler for OwnLink {
+    fn frame(&self, link: &Link, lane: u32, header: Header, payload: Vec<u8>) {
+        if let Err(why) = self.take_up(link, lane, header, &payload) {
+            tracing::error!(pid = self.pid, %why, "the sender of a process breaks the protocol");
+            link.close();
+        }
+    }
+
+    fn lost(&self, why: &LinkError) {
+        tracing::debug!(pid = self.pid, error = %why, "link of a process");
+    }
+}
