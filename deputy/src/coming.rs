@@ -72,7 +72,7 @@ impl OwnLink {
         match kind {
             Kind::Pages | Kind::PackedPages => {
                 let piece = pages::decode(kind, payload).map_err(|e| e.to_string())?;
-                let laid_out = self.shared.homecoming.lock().contains(&self.pid);
+                let laid_out = self.shared.homecoming.lock().contains_key(&self.pid);
                 let mut all = self.shared.coming.kept.lock();
                 let early = all.get_mut(&self.pid).ok_or("nothing was announced")?;
                 if laid_out && early.pages.bytes() == 0 {

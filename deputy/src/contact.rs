@@ -67,7 +67,7 @@ impl Contact {
                 spawn("map", move || {
                     let answer = match shared
                         .worker(reply.header.tid)
-                        .map(|w| shim::fd::get_from(w.pid, request.fd))
+                        .map(|w| shim::fd::get_from_thread(w.tid, request.fd))
                     {
                         Some(Ok(fd)) => shared.files.map(fd, &request),
                         Some(Err(e)) => wire::MapFileReply::Errno(e.raw_os_error().unwrap_or(libc::EBADF)),
@@ -166,9 +166,9 @@ impl Contact {
 /// Writes pages of a process that comes home into its vessel. Only a process that has announced itself
 /// ([`Kind::Homecoming`]) and only addresses of user space outside the deputy's own areas are accepted.
 pub fn write_pages(shared: &Shared, pid: i32, address: u64, data: &[u8]) -> Result<(), String> {
-    if !shared.homecoming.lock().contains(&pid) {
+    let Some(tid) = shared.homecoming.lock().get(&pid).copied() else {
         return Err(format!("pages for process {pid}, which is not on its way home"));
-    }
+    };
     let end = address
         .checked_add(data.len() as u64)
         .ok_or("pages beyond the address space")?;
@@ -176,7 +176,7 @@ pub fn write_pages(shared: &Shared, pid: i32, address: u64, data: &[u8]) -> Resu
     if end > linklayer::image::USER_END || (address < reserved.end && end > reserved.start) {
         return Err(format!("pages at {address:#x}, which no guest has"));
     }
-    shim::memory::ProcessMemory::new(pid)
+    shim::memory::ProcessMemory::new(tid)
         .write_forced(address, data)
         .map_err(|e| format!("pages of process {pid} at {address:#x}: {e}"))
 }

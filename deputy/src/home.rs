@@ -281,6 +281,17 @@ impl Home {
     }
 
     /// Takes a process out of the job.
+    /// The threads of a process that have not ended. A leader that ended before the others is still there for the kernel, and
+    /// never stops.
+    pub(crate) fn living(&self, pid: i32) -> Vec<i32> {
+        let ended = |tid: i32| tid == pid && shim::process::has_ended(tid);
+        self.tasks
+            .values()
+            .filter(|t| t.pid == pid && !ended(t.tid))
+            .map(|t| t.tid)
+            .collect()
+    }
+
     pub(crate) fn forget(&mut self, pid: i32) {
         if let Some(mut process) = self.processes.remove(&pid) {
             for (pid, wish) in process.after_vfork.drain(..) {

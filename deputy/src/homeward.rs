@@ -49,13 +49,9 @@ impl Home {
         calls::in_turn(&self.shared, tid, move || {
             crate::contact::spawn("layout", move || {
                 let (files, objects) = (&shared.files, &shared.objects);
-                let adapted = Vessel::adapt_layout(
-                    worker.pid,
-                    &body.image,
-                    &worker.slot,
-                    &|id| files.file(id),
-                    &|id| objects.file((node, id)),
-                );
+                let adapted = Vessel::adapt_layout(&body.image, &worker.slot, &|id| files.file(id), &|id| {
+                    objects.file((node, id))
+                });
                 let result = adapted.map(|()| begun.elapsed()).map_err(anyhow::Error::from);
                 shared.post(Command::LaidOut(reply, Box::new(body), result));
             });
@@ -72,7 +68,8 @@ impl Home {
         let pid = body.image.pid;
         match result {
             Ok(took) => {
-                self.shared.homecoming.lock().insert(pid);
+                let tid = body.image.reached_by();
+                self.shared.homecoming.lock().insert(pid, tid);
                 if let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) {
                     away.coming = Some((Box::new(body), took));
                 }
@@ -128,19 +125,10 @@ impl Home {
                 .announce((node, object.id), pid, object.size, reserved)
                 .context("shared memory")?;
         }
-        let leader = body
-            .image
-            .threads
-            .first()
-            .context("a process without threads")?
-            .tid;
         let worker = self
             .shared
-            .workers
-            .read()
-            .get(&leader)
-            .cloned()
-            .context("leader")?;
+            .worker(body.image.reached_by())
+            .context("a process without threads")?;
         Ok(Some((worker, node)))
     }
 
@@ -218,6 +206,7 @@ impl Home {
         for (homebound, memory, body) in gathered {
             match homebound.finish(!cleared.contains(&memory)) {
                 Ok(mut threads) => {
+                    self.remember_waits(&body.image);
                     crate::vessel::set_options(&mut threads, Home::options());
                     cleared.insert(memory);
                     running.push((threads, body));
@@ -225,7 +214,14 @@ impl Home {
                 Err(e) => lost(body.image.pid, &e),
             }
         }
+        let now_ns = shim::capture::clocks().monotonic_ns;
         for (threads, body) in running {
+            for sleep in body.image.threads.iter().filter_map(|t| t.sleep) {
+                let memory = shim::memory::ProcessMemory::new(body.image.reached_by());
+                if let Err(e) = memory.write_forced(sleep.timespec, &sleep.left(now_ns)) {
+                    tracing::debug!(error = %e, "rest of a sleep");
+                }
+            }
             for stopped in threads {
                 self.resume_thread(stopped, body, group)?;
             }

@@ -182,7 +182,7 @@ impl Home {
         let mut wish = hop.withdraw(pid);
         wish.before = Some(MoveReport {
             note: format!(
-                "by way of home, because node {} cannot be reached: {why}",
+                "by way of home, because it does not go straight to node {}: {why}",
                 wish.node
             ),
             ..MoveReport::default()

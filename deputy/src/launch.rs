@@ -340,7 +340,7 @@ pub(crate) fn process_launch(shared: &Arc<Shared>, pid: i32, start: Start, mut d
                 report: MoveReport::default(),
             }),
         };
-        let result = ready.and_then(|ready| transfer(pid, ready, description).map_err(|e| format!("{e:#}")));
+        let result = ready.and_then(|ready| transfer(ready, description).map_err(|e| format!("{e:#}")));
         shared.post(Command::LaunchReady {
             pid,
             result: result.map(Box::new),
@@ -348,8 +348,9 @@ pub(crate) fn process_launch(shared: &Arc<Shared>, pid: i32, start: Start, mut d
     });
 }
 
-fn transfer(pid: i32, mut ready: Ready, description: Description) -> anyhow::Result<Arrived> {
-    let all = shim::capture::all_runs(pid, &description.image.areas).context("page map")?;
+fn transfer(mut ready: Ready, description: Description) -> anyhow::Result<Arrived> {
+    let all = shim::capture::all_runs(description.image.reached_by(), &description.image.areas)
+        .context("page map")?;
     let (runs, present) = match &ready.tracker {
         Some(tracker) => (tracker.round().context("page map")?, Some(all)),
         None => (all, None),

@@ -22,6 +22,7 @@ mod signals;
 mod terminal;
 mod together;
 mod vessel;
+mod waits;
 
 use std::sync::Arc;
 

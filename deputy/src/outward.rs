@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use crossbeam_channel::Sender;
-use linklayer::image::ProcessImage;
 use linklayer::pages::Writer;
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, MoveReport, Phase, Way};
@@ -21,8 +20,6 @@ use crate::process::Mode;
 use crate::road::{Description, Road};
 use crate::shared::{Command, Shared};
 
-/// The kernel's code for a wait whose rest it keeps to itself (ERESTART_RESTARTBLOCK): a thread in one cannot be described.
-const RESTART_BLOCK: i32 = -516;
 /// How often, and how long apart, a process in such a wait is tried again.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
@@ -251,7 +248,7 @@ impl Home {
 
     /// Goes on when all threads that a leaving process still has are stopped.
     pub(crate) fn leave_if_all_held(&mut self, pid: i32) -> anyhow::Result<()> {
-        let count = self.tasks.values().filter(|t| t.pid == pid).count();
+        let count = self.living(pid).len();
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(());
         };
@@ -290,7 +287,7 @@ impl Home {
         ready.report.times.seize_us = leaving.since.elapsed().as_micros() as u64;
         let described_at = Instant::now();
         let (threads, described) = self.describe(pid, held, ready.tracker.is_some());
-        let (image, files) = match described {
+        let (mut image, files) = match described {
             Ok(described) => described,
             Err(e) => {
                 let why = format!("process {pid} stays at home: {}: {e:#}", Phase::Dump);
@@ -302,7 +299,7 @@ impl Home {
             let node = leaving.wish.node;
             return self.depart_together(pid, node, Some(leaving.wish), threads);
         }
-        if waits(&image) {
+        if !self.settle_waits(&mut image) {
             leaving.ready = Some(ready);
             return self.try_again(pid, leaving, threads);
         }
@@ -365,14 +362,6 @@ impl Home {
         });
         Ok(())
     }
-}
-
-/// Whether a thread is in a wait whose rest only the kernel knows.
-pub(crate) fn waits(image: &ProcessImage) -> bool {
-    image
-        .threads
-        .iter()
-        .any(|t| t.rewound.is_some_and(|r| r.code == RESTART_BLOCK))
 }
 
 /// Opens the way to a node, and sends what memory can be sent while the process runs.

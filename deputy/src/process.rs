@@ -40,6 +40,8 @@ pub struct Task {
     pub executing: Option<(ReplyTo, wire::Exec)>,
     /// Who waits for its end, and whether it is the process's last thread.
     pub ending: Option<(ReplyTo, bool)>,
+    /// The wait that it was seen in, which the kernel restarts under another number, and the registers that tell it again.
+    pub waiting: Option<(u32, [u64; 8])>,
     /// It is in a group-stop.
     pub group_stopped: bool,
     /// Signals for this thread alone, which its worker must not block.
@@ -77,6 +79,7 @@ impl Task {
             cloning: None,
             executing: None,
             ending: None,
+            waiting: None,
             group_stopped: false,
             unblocked: 0,
             unblocking: Vec::new(),

@@ -165,7 +165,7 @@ pub fn send_process(
     writer: &mut Writer,
     report: &mut MoveReport,
 ) -> anyhow::Result<()> {
-    let pid = description.image.pid;
+    let (pid, tid) = (description.image.pid, description.image.reached_by());
     let hostname = nix::unistd::gethostname()
         .map(|h| h.into_encoded_bytes())
         .unwrap_or_default();
@@ -177,7 +177,7 @@ pub fn send_process(
     });
     let begun = Instant::now();
     send(link, pid, Kind::Launch, &[&launch])?;
-    shim::capture::write_pages(pid, runs, writer, &mut |kind, parts| send(link, pid, kind, parts))
+    shim::capture::write_pages(tid, runs, writer, &mut |kind, parts| send(link, pid, kind, parts))
         .context("its memory")?;
     if let Some(present) = present {
         wire::present(present, &mut |body| send(link, pid, Kind::Present, &[body]))?;

@@ -163,8 +163,8 @@ pub struct Shared {
     pub cluster: Arc<dyn Cluster>,
     /// What is known of the job's processes, for `mosps`.
     pub table: Mutex<HashMap<i32, ProcessView>>,
-    /// Processes whose pages may be written because they are on their way home.
-    pub homecoming: Mutex<std::collections::HashSet<i32>>,
+    /// Processes whose pages may be written because they are on their way home, each with a living thread.
+    pub homecoming: Mutex<HashMap<i32, i32>>,
     /// What processes on their way home share, by the node that they come from and its id there.
     pub objects: Objects<(u32, u64)>,
     /// Memory that comes home in front of its process.

@@ -103,14 +103,12 @@ impl Home {
                 // Its thread stops only when its child has given the memory back.
                 return self.after_vfork(first, busy);
             }
-            let running = self
-                .tasks
-                .values()
-                .any(|t| group.members.contains(&t.pid) && !group.held.contains_key(&t.tid));
-            if running {
+            let members = group.members.clone();
+            let held: HashSet<i32> = group.held.keys().copied().collect();
+            let stands = |pid: &i32| self.living(*pid).iter().all(|tid| held.contains(tid));
+            if !members.iter().all(stands) {
                 return Ok(());
             }
-            let members = group.members.clone();
             let more: Vec<i32> = self.sharers(&members).difference(&members).copied().collect();
             if more.is_empty() {
                 return self.leave_together(first);
@@ -257,6 +255,7 @@ impl Home {
         }
         let mut described = Vec::new();
         let mut stopped = Vec::new();
+        let mut unknown = false;
         let mut failed = strangers(&group.members).or_else(|| one_memory(&group.members));
         for (pid, mut threads) in by_process {
             threads.sort_by_key(|t| (t.tid() != pid, t.tid()));
@@ -267,7 +266,10 @@ impl Home {
             let (threads, result) = self.describe(pid, threads, false);
             stopped.push((pid, threads));
             match result {
-                Ok((image, files)) => described.push(Description { image, files }),
+                Ok((mut image, files)) => {
+                    unknown |= !self.settle_waits(&mut image);
+                    described.push(Description { image, files });
+                }
                 Err(e) => failed = Some(format!("process {pid}: {e:#}")),
             }
         }
@@ -278,7 +280,7 @@ impl Home {
             self.together.insert(first, Together { held, ..group });
             return self.not_together(first, &why);
         }
-        if described.iter().any(|m| crate::outward::waits(&m.image)) {
+        if unknown {
             self.ungroup(group.members.iter().copied());
             return self.again_together(first, group.wish, tokens(stopped));
         }
@@ -447,7 +449,7 @@ fn one_memory(members: &BTreeSet<i32>) -> Option<String> {
 
 /// Sends a group and waits until all of it stands ready.
 fn transfer(link: &Link, first: i32, members: Vec<Description>) -> anyhow::Result<MoveReport> {
-    let objects = SharedObjects::of(members.iter().map(|m| (reached_by(&m.image), &m.image)));
+    let objects = SharedObjects::of(members.iter().map(|m| (m.image.reached_by(), &m.image)));
     for member in &members {
         let pid = member.image.pid;
         let body = wire::Share {
@@ -483,7 +485,7 @@ fn transfer(link: &Link, first: i32, members: Vec<Description>) -> anyhow::Resul
         sent.push(pid);
         member.leave_pending();
         let mut own = MoveReport::default();
-        let result = shim::capture::all_runs(pid, &member.image.areas)
+        let result = shim::capture::all_runs(member.image.reached_by(), &member.image.areas)
             .context("page map")
             .and_then(|runs| road::send_process(link, member, &runs, None, &mut Writer::default(), &mut own));
         if let Err(e) = result {
@@ -496,8 +498,4 @@ fn transfer(link: &Link, first: i32, members: Vec<Description>) -> anyhow::Resul
         report.pages += own.pages;
     }
     Ok(report)
-}
-
-fn reached_by(image: &ProcessImage) -> i32 {
-    image.threads.first().map_or(image.pid, |t| t.tid)
 }

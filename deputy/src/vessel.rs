@@ -33,7 +33,7 @@ impl Home {
         tracked: bool,
     ) -> (Vec<Stopped>, anyhow::Result<(ProcessImage, Vec<FileRef>)>) {
         let shared = self.shared.clone();
-        let mut namer = Namer::new(&shared, pid);
+        let mut namer = Namer::new(&shared, threads.first().map_or(pid, Stopped::tid));
         let described = shim::capture::describe_tracked(pid, &mut threads, 0, tracked, |f| {
             namer
                 .name(f.start, f.end, f.dev, f.ino, f.path)

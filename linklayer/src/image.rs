@@ -67,7 +67,7 @@ pub enum ImageError {
         /// address after the last
         end: u64,
     },
-    /// No thread, two threads with one id, an id below 1, or no thread with the process's id.
+    /// No thread, two threads with one id, an id below 1, or the process's own id behind others.
     #[error("the thread list is malformed at tid {tid}")]
     Threads {
         /// the offending id
@@ -390,7 +390,7 @@ pub struct Rewound {
 }
 
 /// One thread.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub struct ThreadImage {
     /// thread id
     pub tid: i32,
@@ -414,6 +414,29 @@ pub struct ThreadImage {
     pub pending: Vec<SigInfo>,
     /// the interrupted call, if there was one
     pub rewound: Option<Rewound>,
+    /// the sleep that it will make again, when that is one of a known length
+    pub sleep: Option<Sleep>,
+}
+
+/// A relative sleep that a thread makes again when it goes on. Its length is to be set to what is left then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Sleep {
+    /// where its `struct timespec` is
+    pub timespec: u64,
+    /// when it ends by home's CLOCK_MONOTONIC, nanoseconds
+    pub until_ns: i64,
+}
+
+impl Sleep {
+    /// What the timespec is to hold at this time of home's CLOCK_MONOTONIC.
+    pub fn left(&self, now_ns: i64) -> [u8; 16] {
+        let left_ns = self.until_ns.saturating_sub(now_ns).max(0);
+        let mut bytes = [0; 16];
+        let (seconds, nanoseconds) = bytes.split_at_mut(8);
+        seconds.copy_from_slice(&(left_ns / 1_000_000_000).to_ne_bytes());
+        nanoseconds.copy_from_slice(&(left_ns % 1_000_000_000).to_ne_bytes());
+        bytes
+    }
 }
 
 /// Where a CPU has a component of the extended register state in XSAVE's standard form (CPUID leaf 0xd).
@@ -470,7 +493,7 @@ pub struct ProcessImage {
     pub mm: MmFields,
     /// auxiliary vector
     pub auxv: Vec<u8>,
-    /// threads; the leader first
+    /// threads; the leader first, if it lives
     pub threads: Vec<ThreadImage>,
     /// signal dispositions of the signals 1..=64, or empty: all default
     pub actions: Vec<SigAction>,
@@ -533,10 +556,21 @@ impl ProcessImage {
                 return Err(ImageError::Threads { tid: thread.tid });
             }
         }
-        if self.pid < 1 || self.threads.first().map(|t| t.tid) != Some(self.pid) {
+        let leader_behind = self.threads.iter().skip(1).any(|t| t.tid == self.pid);
+        if self.pid < 1 || self.threads.is_empty() || leader_behind {
             return Err(ImageError::Threads { tid: self.pid });
         }
         Ok(())
+    }
+
+    /// Whether its first thread has ended before others: then it is not among the threads.
+    pub fn leader_ended(&self) -> bool {
+        self.threads.first().is_none_or(|t| t.tid != self.pid)
+    }
+
+    /// A living thread, by which its memory can be reached.
+    pub fn reached_by(&self) -> i32 {
+        self.threads.first().map_or(self.pid, |t| t.tid)
     }
 }
 
@@ -565,6 +599,7 @@ mod tests {
             rseq: None,
             pending: Vec::new(),
             rewound: None,
+            sleep: None,
         }
     }
 

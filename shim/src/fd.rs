@@ -33,6 +33,30 @@ pub fn get_from(pid: i32, fd: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(got as i32) })
 }
 
+/// The same of a thread, whose process may go on without its leader and whose descriptors may be its own.
+///
+/// # Errors
+/// As [`get_from`]. Before Linux 6.9 a thread can only be reached by its leader.
+pub fn get_from_thread(tid: i32, fd: i32) -> io::Result<OwnedFd> {
+    // PIDFD_THREAD of linux/pidfd.h.
+    const PIDFD_THREAD: i32 = libc::O_EXCL;
+    // SAFETY: no pointers.
+    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, tid, PIDFD_THREAD) };
+    if pidfd < 0 {
+        let leader = crate::process::of_thread(tid).unwrap_or(tid);
+        return get_from(leader, fd);
+    }
+    // SAFETY: the kernel just gave us this descriptor and nobody else knows it.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as i32) };
+    // SAFETY: no pointers.
+    let got = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
+    if got < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above.
+    Ok(unsafe { OwnedFd::from_raw_fd(got as i32) })
+}
+
 /// Takes and gives back a read lease on a file (fcntl(2) F_SETLEASE), which tells whether anybody has it open for
 /// writing.
 ///

@@ -135,6 +135,26 @@ pub fn limit(pid: i32, resource: u32) -> io::Result<(u64, u64)> {
     Ok((old.rlim_cur, old.rlim_max))
 }
 
+/// The process of a thread.
+pub fn of_thread(tid: i32) -> Option<i32> {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    status
+        .lines()
+        .find_map(|l| l.strip_prefix("Tgid:"))?
+        .trim()
+        .parse()
+        .ok()
+}
+
+/// Whether a thread has ended, also when its process goes on without it (a leader stays as a zombie).
+pub fn has_ended(tid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{tid}/stat")).unwrap_or_default();
+    let state = stat
+        .rfind(')')
+        .and_then(|end| stat.as_bytes().get(end + 2).copied());
+    matches!(state, None | Some(b'Z' | b'X'))
+}
+
 /// Whether two processes have one memory (CLONE_VM; kcmp(2), KCMP_VM). `None` when the kernel does not tell.
 pub fn same_memory(one: i32, other: i32) -> Option<bool> {
     const KCMP_VM: i32 = 1;

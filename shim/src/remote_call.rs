@@ -356,6 +356,21 @@ impl RemoteCalls {
         self.end()
     }
 
+    /// Sends the thread into a call from which it does not return, and lets go of it.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn leave_by(mut self, nr: i64, args: [u64; 6]) -> Result<(), RemoteCallError> {
+        let mut regs = self.regs;
+        regs.set_call(nr as u64, self.with_key(nr, args));
+        regs.rip = self.site;
+        regs.orig_rax = u64::MAX;
+        self.stopped.set_regs(&regs)?;
+        self.stopped.set_sigmask(u64::MAX)?;
+        self.stopped.cont(0)?;
+        Ok(())
+    }
+
     /// The token, for requests on the stopped thread between calls. Its registers and its mask are not its own now.
     pub fn stopped(&mut self) -> &mut Stopped {
         &mut self.stopped

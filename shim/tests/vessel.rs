@@ -364,7 +364,6 @@ fn a_process_with_threads_comes_home() {
         }
         let files: Vec<_> = captured.files.into_iter().map(Arc::new).collect();
         Vessel::adapt_layout(
-            pid,
             &image,
             &workers[0].1,
             &|id| files.get(id as usize).cloned(),

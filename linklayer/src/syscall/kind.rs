@@ -43,6 +43,8 @@ pub enum SplitKind {
     SigAction,
     /// Relative sleeps: run here; their start is recorded so that the rest can be slept elsewhere.
     Sleep,
+    /// `restart_syscall`: here, unless what is restarted is a wait that began at home, whose deadline the vessel's thread has.
+    Restart,
     /// `open` and its kind: home, except for the few files that describe this node or this guest's memory.
     Open,
     /// `readlink` and `readlinkat`: as [`SplitKind::Open`].

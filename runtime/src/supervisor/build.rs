@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -108,7 +109,7 @@ impl Tracer {
             shim::filter::install(pid_here, false, |nr, args| built.raw(nr, args)).context("filter")?;
         let (listener, key) = (installed.listener, installed.pass.key());
         built.show(key);
-        let others = if image.threads.len() > 1 {
+        let others = if image.threads.len() > 1 || image.leader_ended() {
             self.start_threads(&mut built)?
         } else {
             Vec::new()
@@ -128,12 +129,25 @@ impl Tracer {
             guest.overruns.lock().put(timer, overrun);
         }
         self.shared.guests.write().insert(pid, guest.clone());
-        let outer = std::iter::once(blank.outer_pid).chain(others);
-        for (outer, tid) in outer.zip(image.threads.iter().map(|t| t.tid)) {
+        if image.leader_ended() {
+            guest.ended.lock().insert(blank.outer_pid);
+            guest
+                .memory
+                .set_pid(others.first().copied().unwrap_or(blank.outer_pid));
+        }
+        let leader = image.leader_ended().then_some(pid);
+        let tids = leader.into_iter().chain(image.threads.iter().map(|t| t.tid));
+        for (outer, tid) in std::iter::once(blank.outer_pid).chain(others).zip(tids) {
             let thread = Arc::new(Thread::new(tid, outer, guest.clone()));
+            let state = image.threads.iter().find(|t| t.tid == tid);
+            let at_home =
+                state.is_some_and(|t| t.rewound.is_some() && t.regs.rax == libc::SYS_restart_syscall as u64);
+            thread.sleeps_at_home.store(at_home, Ordering::Release);
             self.shared.threads.write().insert(outer, thread.clone());
             self.threads.insert(outer, Traced::new(thread));
         }
+        let sleeps = image.threads.iter().filter_map(|t| t.sleep).collect();
+        self.sleeps.insert(pid, sleeps);
         self.built.insert(pid, stopped);
         Pool::start(self.shared.clone(), listener, turn);
         Ok(())
@@ -214,6 +228,15 @@ impl Tracer {
 
     /// Home has committed: the guest runs.
     pub(super) fn launch_go(&mut self, pid: i32) -> anyhow::Result<()> {
+        let now_ns =
+            (shim::capture::clocks().monotonic_ns).saturating_add(self.shared.known_ahead().monotonic_ns);
+        for sleep in self.sleeps.remove(&pid).unwrap_or_default() {
+            if let Some(guest) = self.shared.guests.read().get(&pid)
+                && let Err(e) = guest.memory.write_forced(sleep.timespec, &sleep.left(now_ns))
+            {
+                tracing::debug!(pid, error = %e, "rest of a sleep");
+            }
+        }
         for stopped in self.built.remove(&pid).unwrap_or_default() {
             stopped.cont(0)?;
         }

@@ -3,9 +3,10 @@
 //! A wait that is interrupted for a capture is made again elsewhere with its arguments; what has passed of a relative
 //! timeout is taken off them. Waits with an absolute deadline need nothing.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use linklayer::image::ThreadImage;
+use linklayer::image::{Sleep, ThreadImage};
 use linklayer::memory::GuestMemory;
 
 use super::guest::Thread;
@@ -13,13 +14,24 @@ use super::guest::Thread;
 /// Room below the stack pointer that a function without frame may use (System V ABI, red zone), bytes.
 const RED_ZONE: u64 = 128;
 
-/// Shortens the timeout of the call that `image` will make again, if it is one that began at a known time.
-pub(super) fn keep(thread: &Thread, image: &mut ThreadImage) {
+/// Shortens the timeout of the call that `image` will make again, if it is one that began at a known time. `waiting` is the wait
+/// that this kernel restarts with restart_syscall(2), `ahead_ns` how far home's CLOCK_MONOTONIC is ahead of this node's.
+pub(super) fn keep(thread: &Thread, waiting: Option<u32>, image: &mut ThreadImage, ahead_ns: i64) {
     let Some(rewound) = image.rewound else { return };
+    let mut made_again = rewound.nr;
+    if i64::from(rewound.nr) == libc::SYS_restart_syscall {
+        if thread.sleeps_at_home.load(Ordering::Acquire) {
+            // Home's kernel knows how to go on.
+            return;
+        }
+        let Some(waiting) = waiting else { return };
+        made_again = waiting;
+        image.regs.rax = u64::from(waiting);
+    }
     let Some((nr, started)) = *thread.sleep.lock() else {
         return;
     };
-    if nr != rewound.nr {
+    if nr != made_again {
         return;
     }
     let elapsed = started.elapsed();
@@ -27,18 +39,21 @@ pub(super) fn keep(thread: &Thread, image: &mut ThreadImage) {
         libc::SYS_poll => image.regs.rdx = left_ms(image.regs.rdx, elapsed),
         libc::SYS_epoll_wait | libc::SYS_epoll_pwait => image.regs.r10 = left_ms(image.regs.r10, elapsed),
         libc::SYS_nanosleep => {
-            if let Some(at) = shortened(thread, image, image.regs.rdi, elapsed) {
-                image.regs.rdi = at;
+            if let Some(sleep) = shortened(thread, image, image.regs.rdi, elapsed, ahead_ns) {
+                image.regs.rdi = sleep.timespec;
+                image.sleep = Some(sleep);
             }
         }
         libc::SYS_rt_sigtimedwait if image.regs.rdx != 0 => {
-            if let Some(at) = shortened(thread, image, image.regs.rdx, elapsed) {
-                image.regs.rdx = at;
+            if let Some(sleep) = shortened(thread, image, image.regs.rdx, elapsed, ahead_ns) {
+                image.regs.rdx = sleep.timespec;
+                image.sleep = Some(sleep);
             }
         }
         libc::SYS_clock_nanosleep if image.regs.rsi & libc::TIMER_ABSTIME as u64 == 0 => {
-            if let Some(at) = shortened(thread, image, image.regs.rdx, elapsed) {
-                image.regs.rdx = at;
+            if let Some(sleep) = shortened(thread, image, image.regs.rdx, elapsed, ahead_ns) {
+                image.regs.rdx = sleep.timespec;
+                image.sleep = Some(sleep);
             }
         }
         _ => {}
@@ -55,15 +70,23 @@ fn left_ms(timeout: u64, elapsed: Duration) -> u64 {
 }
 
 /// Writes what is left of the sleep below the thread's stack, where nothing else lies, and gives the place.
-fn shortened(thread: &Thread, image: &ThreadImage, request: u64, elapsed: Duration) -> Option<u64> {
+fn shortened(
+    thread: &Thread,
+    image: &ThreadImage,
+    request: u64,
+    elapsed: Duration,
+    ahead_ns: i64,
+) -> Option<Sleep> {
     let memory = &thread.guest.memory;
     let (seconds, nanoseconds) = (memory.read_u64(request).ok()?, memory.read_u64(request + 8).ok()?);
     let left = Duration::new(seconds, u32::try_from(nanoseconds).ok()?).saturating_sub(elapsed);
-    let at = (image.regs.rsp - RED_ZONE - 64) & !15;
-    let mut bytes = left.as_secs().to_ne_bytes().to_vec();
-    bytes.extend(u64::from(left.subsec_nanos()).to_ne_bytes());
-    memory.write(at, &bytes).ok()?;
-    Some(at)
+    let now_ns = shim::capture::clocks().monotonic_ns.saturating_add(ahead_ns);
+    let sleep = Sleep {
+        timespec: (image.regs.rsp - RED_ZONE - 64) & !15,
+        until_ns: now_ns.saturating_add(i64::try_from(left.as_nanos()).unwrap_or(i64::MAX)),
+    };
+    memory.write(sleep.timespec, &sleep.left(now_ns)).ok()?;
+    Some(sleep)
 }
 
 #[cfg(test)]

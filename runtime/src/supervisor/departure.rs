@@ -309,6 +309,13 @@ impl Tracer {
             return Ok(());
         };
         departure.report.times.seize_us = departure.since.elapsed().as_micros() as u64;
+        if !self.relatives(std::slice::from_ref(guest)).is_empty()
+            || !super::homeward::shared_objects(guest).is_empty()
+        {
+            // Those who share memory move together, which is home's business.
+            let why = "it shares memory".to_string();
+            return self.departed(pid, Err(Failure::new(Phase::Reach, why)));
+        }
         let begun = Instant::now();
         let launch = match self.describe_departure(guest, departure.tracker.is_some()) {
             Ok(launch) => launch,

@@ -226,6 +226,8 @@ pub struct Thread {
     pub answered: AtomicBool,
     /// Signals that were queued for it here and that it has not taken yet.
     pub queued: AtomicU32,
+    /// What it restarts with restart_syscall(2) is a sleep that began at home.
+    pub sleeps_at_home: AtomicBool,
     /// A relative sleep in progress: number, start.
     pub sleep: Mutex<Option<(u32, Instant)>>,
     /// Calls forwarded.
@@ -243,6 +245,7 @@ impl Thread {
             call: Mutex::new(InCall::Idle),
             answered: AtomicBool::new(false),
             queued: AtomicU32::new(0),
+            sleeps_at_home: AtomicBool::new(false),
             sleep: Mutex::new(None),
             forwarded: AtomicU64::new(0),
         }

@@ -143,7 +143,9 @@ impl Tracer {
             .values()
             .filter(|t| t.thread.guest.pid == guest.pid)
             .peekable();
-        threads.peek().is_some() && threads.all(|t| t.held.is_some() || t.vfork.is_some())
+        let ended = |outer: i32| guest.ended.lock().contains(&outer) && shim::process::has_ended(outer);
+        threads.peek().is_some()
+            && threads.all(|t| t.held.is_some() || t.vfork.is_some() || ended(t.thread.outer))
     }
 
     /// The guests outside of a group that share memory with one inside.
@@ -239,10 +241,11 @@ impl Tracer {
         let mut image = described?;
         image.pid = pid;
         self.true_pending(guest.outer, &mut image.pending);
+        let ahead = self.shared.known_ahead();
         for thread in &mut image.threads {
             self.true_pending(thread.tid, &mut thread.pending);
             if let Some(own) = self.threads.get(&thread.tid) {
-                super::deadline::keep(&own.thread, thread);
+                super::deadline::keep(&own.thread, own.waiting, thread, ahead.monotonic_ns);
             }
             thread.tid = ids.get(&thread.tid).copied().unwrap_or(thread.tid);
         }
@@ -299,7 +302,7 @@ impl Tracer {
 }
 
 /// The anonymous memory that a guest maps shared.
-fn shared_objects(guest: &Guest) -> Vec<u64> {
+pub(super) fn shared_objects(guest: &Guest) -> Vec<u64> {
     shim::capture::map_lines(guest.memory.pid(), false)
         .unwrap_or_default()
         .into_iter()

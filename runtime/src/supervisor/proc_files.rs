@@ -55,12 +55,17 @@ pub(super) fn open(call: &Call, row: &'static Row) -> Result<Outcome, Outcome> {
         return Ok(call.forward(row));
     }
     let guest = &call.thread.guest;
-    let local = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", guest.outer));
+    // Of the first thread; whoever reads this is another one then.
+    let ended = guest.ended.lock().contains(&guest.outer);
+    let by = if ended { guest.memory.pid() } else { guest.outer };
+    let local = |name: &str| std::fs::read_to_string(format!("/proc/{by}/{name}"));
     let content = match special {
         Special::Maps(name) => local(name).map(|text| home_maps(call, &text)),
         Special::Statm => local("statm"),
-        Special::Status => local("status").and_then(|here| Ok(merge_status(&home_file(call, path)?, &here))),
-        Special::Stat => local("stat").and_then(|here| Ok(merge_stat(&home_file(call, path)?, &here))),
+        Special::Status => {
+            local("status").and_then(|here| Ok(merge_status(&home_file(call, path)?, &here, ended)))
+        }
+        Special::Stat => local("stat").and_then(|here| Ok(merge_stat(&home_file(call, path)?, &here, ended))),
         Special::Node | Special::Memory => std::fs::read_to_string(path),
     };
     let Ok(content) = content else {
@@ -149,7 +154,7 @@ fn home_maps(call: &Call, text: &str) -> String {
 }
 
 /// /proc/PID/status: memory, threads and signal masks are the guest's, everything else is home's.
-fn merge_status(home: &str, here: &str) -> String {
+fn merge_status(home: &str, here: &str, ended: bool) -> String {
     // Who looks at its own status finds no tracer: natively there is none.
     let untraced = "TracerPid:\t0";
     let ours = |name: &str| {
@@ -176,6 +181,7 @@ fn merge_status(home: &str, here: &str) -> String {
         out.push_str(match name {
             "TracerPid" => untraced,
             // Whoever reads this runs.
+            "State" if ended => "State:\tZ (zombie)",
             "State" => "State:\tR (running)",
             _ => replaced,
         });
@@ -185,7 +191,7 @@ fn merge_status(home: &str, here: &str) -> String {
 }
 
 /// /proc/PID/stat: faults, times, threads, memory and masks (fields 10-17, 20, 23-24, 31-32, 39) are the guest's.
-fn merge_stat(home: &str, here: &str) -> String {
+fn merge_stat(home: &str, here: &str, ended: bool) -> String {
     let parse = |s: &str| {
         let end = s.rfind(')').unwrap_or(0);
         let (head, tail) = s.split_at((end + 1).min(s.len()));
@@ -197,7 +203,7 @@ fn merge_stat(home: &str, here: &str) -> String {
     let (head, mut fields) = parse(home);
     let (_, local) = parse(here);
     if let Some(state) = fields.first_mut() {
-        "R".clone_into(state);
+        (if ended { "Z" } else { "R" }).clone_into(state);
     }
     for number in [10, 11, 12, 13, 14, 15, 16, 17, 20, 23, 24, 31, 32, 39] {
         // The first field behind the name is number 3.
@@ -239,6 +245,7 @@ mod tests {
         let merged = merge_stat(
             &format!("7 (a) b) {}", field("h")),
             &format!("99 (x) {}", field("g")),
+            false,
         );
         assert!(merged.starts_with("7 (a) b) R h4 h5"));
         assert!(merged.contains(" g23 g24 h25 "));
@@ -250,6 +257,7 @@ mod tests {
         let merged = merge_status(
             "Name:\ta\nThreads:\t2\nPid:\t7\n",
             "Name:\tb\nThreads:\t1\nPid:\t99\n",
+            false,
         );
         assert_eq!(merged, "Name:\ta\nThreads:\t1\nPid:\t7\n");
     }

@@ -300,6 +300,11 @@ impl Shared {
         Ok(known.unwrap_or_default())
     }
 
+    /// The same as far as it was measured, which it was before the first process was built.
+    pub fn known_ahead(&self) -> Clocks {
+        self.ahead.lock().unwrap_or_default()
+    }
+
     /// A range of one of home's files.
     ///
     /// # Errors

@@ -29,6 +29,7 @@ pub(super) fn split(call: &Call, row: &'static Row, kind: SplitKind) -> Result<O
             *call.thread.sleep.lock() = Some((call.nr, Instant::now()));
             Ok(Outcome::Continue)
         }
+        SplitKind::Restart => restart(call, row),
         SplitKind::Open => super::proc_files::open(call, row),
         SplitKind::Readlink => Ok(call.forward(row)),
         SplitKind::Prctl => prctl(call, row),
@@ -38,6 +39,21 @@ pub(super) fn split(call: &Call, row: &'static Row, kind: SplitKind) -> Result<O
         SplitKind::TempMask => temp_mask(call, row),
         SplitKind::Affinity => affinity(call, row),
     }
+}
+
+/// A wait that was interrupted goes on where it began: with the vessel's thread at home, or with this kernel.
+fn restart(call: &Call, row: &'static Row) -> Result<Outcome, Outcome> {
+    let at_home = &call.thread.sleeps_at_home;
+    if !at_home.load(Ordering::Acquire) {
+        return Ok(Outcome::Continue);
+    }
+    let outcome = call.forward(row);
+    if let Outcome::Value(ret) = outcome
+        && !super::tracer::is_restart(ret)
+    {
+        at_home.store(false, Ordering::Release);
+    }
+    Ok(outcome)
 }
 
 fn memory<'a>(call: &'a Call) -> &'a dyn GuestMemory {

@@ -92,6 +92,8 @@ pub(super) struct Traced {
     pub(super) cloning: Option<super::clone::Cloning>,
     /// It waits in rt_sigtimedwait(2), whose siginfo goes there.
     pub(super) waits: Option<u64>,
+    /// The wait of this kernel's that it was last seen in, which is restarted under another number.
+    pub(super) waiting: Option<u32>,
     /// It waits in vfork for this child; stopped just after its call.
     pub(super) vfork: Option<(i32, Stopped)>,
 }
@@ -106,7 +108,15 @@ impl Traced {
             held: None,
             cloning: None,
             waits: None,
+            waiting: None,
             vfork: None,
+        }
+    }
+
+    /// Takes note of a wait that the kernel will restart with restart_syscall(2).
+    fn note_wait(&mut self, regs: &Regs) {
+        if regs.rax as i64 == RESTART_BLOCK && regs.orig_rax != libc::SYS_restart_syscall as u64 {
+            self.waiting = u32::try_from(regs.orig_rax).ok();
         }
     }
 }
@@ -136,6 +146,8 @@ pub struct Tracer {
     pub(super) quiet: HashMap<i32, Quiet>,
     /// Stopped and built, waiting for home's word to run.
     pub(super) built: HashMap<i32, Vec<Stopped>>,
+    /// Sleeps whose length is set when they run.
+    pub(super) sleeps: HashMap<i32, Vec<linklayer::image::Sleep>>,
     pub(super) next_token: u64,
     /// Signals for processes that have no guest yet.
     pub(super) early: Vec<wire::Signal>,
@@ -176,6 +188,7 @@ impl Tracer {
             tracking: HashMap::new(),
             quiet: HashMap::new(),
             built: HashMap::new(),
+            sleeps: HashMap::new(),
             next_token: super::signals::FIRST_TOKEN,
             early: Vec::new(),
             cloning_now: None,
@@ -305,6 +318,11 @@ impl Tracer {
                     regs.rax = RESTARTNOINTR as u64;
                     stopped.set_regs(&regs)?;
                 }
+                if traced.thread.guest.action(sig).handler > 1 {
+                    // Its handler ends the wait with EINTR.
+                    traced.thread.sleeps_at_home.store(false, Ordering::Release);
+                }
+                traced.note_wait(&regs);
                 self.true_siginfo(outer, sig, &mut stopped)?;
                 stopped.cont(sig)?;
             }
@@ -356,6 +374,7 @@ impl Tracer {
             Some(After::Go) | None => {}
         }
         let pid = traced.thread.guest.pid;
+        traced.note_wait(&stopped.regs()?);
         if self.holds.contains_key(&pid) {
             traced.held = Some(stopped);
             return self.all_held(pid);
@@ -527,6 +546,7 @@ impl Tracer {
         self.departures.remove(&guest.pid);
         self.tracking.remove(&guest.pid);
         self.quiet.remove(&guest.pid);
+        self.sleeps.remove(&guest.pid);
         if let Some(Hold::Home { first, .. }) = self.holds.remove(&guest.pid)
             && let Err(e) = self.group_held(first)
         {

@@ -201,8 +201,10 @@ pub fn describe_tracked(
     tracked: bool,
     mut name: impl FnMut(&FileArea<'_>) -> Result<u64, String>,
 ) -> Result<ProcessImage, CaptureError> {
+    // A leader that has ended shows nothing of the process.
+    let by = threads.first().map_or(pid, Stopped::tid);
     let mut areas = Vec::new();
-    for line in map_lines(pid, true)? {
+    for line in map_lines(by, true)? {
         let kernel = matches!(line.path.as_slice(), b"[vdso]" | b"[vvar]" | b"[vvar_vclock]");
         if line.path == b"[vsyscall]" || (kernel && reserved(&line.range)) {
             continue;
@@ -214,7 +216,7 @@ pub fn describe_tracked(
         }
         areas.push(area(&line, tracked, &mut name)?);
     }
-    let site = vdso_site(pid)?;
+    let site = vdso_site(by)?;
     let mut asked = Asked::default();
     let mut images = Vec::new();
     let count = threads.len();
@@ -222,7 +224,7 @@ pub fn describe_tracked(
         leave_reserved(token)?;
         // On an error the thread is where it was: stopped.
         let own = Stopped::assume(token.tid(), token.stop());
-        let mut image = before_calls(pid, &own)?;
+        let mut image = before_calls(&own)?;
         let mut calls = RemoteCalls::begin(own, site)?;
         let mut done = ask(&mut calls, key, index == 0, &mut asked, &mut image);
         if (done.is_err() || index + 1 == count) && !matches!(&done, Err(e) if e.is_gone()) {
@@ -237,22 +239,22 @@ pub fn describe_tracked(
     let mut image = ProcessImage {
         pid,
         areas,
-        mm: mm_fields(pid)?,
-        auxv: std::fs::read(format!("/proc/{pid}/auxv"))?,
+        mm: mm_fields(by)?,
+        auxv: std::fs::read(format!("/proc/{by}/auxv"))?,
         threads: images,
         actions: asked.actions,
         pending: threads
             .first()
             .map_or(Ok(Vec::new()), |t| t.pending(PendingQueue::Process))?,
-        rlimits: limits(pid)?,
-        personality: personality(pid)?,
+        rlimits: limits(by)?,
+        personality: personality(by)?,
         dumpable: 1,
         xstate_layout: xstate::layout(),
         vdso: Vec::new(),
     };
     if key == 0 {
         // At home: it goes where another kernel may be.
-        image.vdso = vdso_bytes(pid)?.1;
+        image.vdso = vdso_bytes(by)?.1;
     }
     image.mm.brk = asked.brk;
     Ok(image)
@@ -300,7 +302,7 @@ struct Asked {
 }
 
 /// What ptrace and /proc tell of a thread.
-fn before_calls(pid: i32, token: &Stopped) -> Result<ThreadImage, CaptureError> {
+fn before_calls(token: &Stopped) -> Result<ThreadImage, CaptureError> {
     let tid = token.tid();
     let mut regs = token.regs()?;
     // Segment 0x33 is 64-bit user code (arch/x86/include/asm/segment.h, __USER_CS).
@@ -318,7 +320,7 @@ fn before_calls(pid: i32, token: &Stopped) -> Result<ThreadImage, CaptureError> 
         regs.rip -= 2;
     }
     regs.orig_rax = u64::MAX;
-    let comm = std::fs::read(format!("/proc/{pid}/task/{tid}/comm"))?;
+    let comm = std::fs::read(format!("/proc/{tid}/comm"))?;
     Ok(ThreadImage {
         tid,
         comm: comm.strip_suffix(b"\n").unwrap_or(&comm).to_vec(),
@@ -331,6 +333,7 @@ fn before_calls(pid: i32, token: &Stopped) -> Result<ThreadImage, CaptureError> 
         rseq: token.rseq()?,
         pending: token.pending(PendingQueue::Thread)?,
         rewound,
+        sleep: None,
     })
 }
 

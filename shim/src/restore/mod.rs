@@ -3,9 +3,11 @@
 mod kernel;
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use linklayer::image::{
-    Area, AreaFlags, AreaKind, PAGE, ProcessImage, RESERVED, SigAction, SigInfo, ThreadImage, XstateComponent,
+    AltStack, Area, AreaFlags, AreaKind, PAGE, ProcessImage, RESERVED, SigAction, SigInfo, ThreadImage,
+    XstateComponent,
 };
 
 use crate::capture::build_site;
@@ -69,6 +71,8 @@ pub struct Rebuilt {
     pending: Vec<SigInfo>,
     xstate_layout: Vec<XstateComponent>,
     key: u64,
+    /// The leader is not among the threads: it only builds, and ends.
+    leader_ended: bool,
 }
 
 impl Rebuilt {
@@ -119,7 +123,8 @@ impl Rebuilt {
             | libc::CLONE_SIGHAND
             | libc::CLONE_THREAD
             | libc::CLONE_SYSVSEM;
-        for thread in self.threads.iter().skip(1 + self.others.len()) {
+        let there = self.others.len() + usize::from(!self.leader_ended);
+        for thread in self.threads.iter().skip(there) {
             next_tid(thread.tid)?;
             let got = self
                 .calls
@@ -147,7 +152,7 @@ impl Rebuilt {
     /// # Errors
     /// The image has more threads, or the process was killed.
     pub fn finish(self) -> Result<Stopped, RestoreError> {
-        if self.threads.len() != 1 {
+        if self.threads.len() != 1 || self.leader_ended {
             return Err(RestoreError::Unsuitable(
                 "its other threads were not taken".into(),
             ));
@@ -158,17 +163,23 @@ impl Rebuilt {
             .ok_or(RestoreError::Unsuitable("it has no thread".into()))
     }
 
-    /// Removes the construction site and puts all threads where the image says; they can be resumed. The leader is the first.
+    /// Removes the construction site and puts all threads where the image says; they can be resumed. The leader is the first,
+    /// or has ended.
     ///
     /// # Errors
     /// Threads were not [started](Rebuilt::start_threads), or the process was killed.
     pub fn finish_all(mut self) -> Result<Vec<Stopped>, RestoreError> {
-        if self.others.len() + 1 != self.threads.len() {
+        if self.others.len() + usize::from(!self.leader_ended) != self.threads.len() {
             return Err(RestoreError::Unsuitable(
                 "its other threads were not started".into(),
             ));
         }
-        let mut all = vec![self.calls];
+        let mut all = Vec::new();
+        if self.leader_ended {
+            end_leader(self.calls)?;
+        } else {
+            all.push(self.calls);
+        }
         all.append(&mut self.others);
         for (calls, thread) in all.iter_mut().zip(&self.threads) {
             for info in &thread.pending {
@@ -186,6 +197,20 @@ impl Rebuilt {
         }
         Ok(stopped)
     }
+}
+
+/// Has the leader of a process with other threads end, and waits until it has: the tracer is not told.
+fn end_leader(leader: RemoteCalls) -> Result<(), RestoreError> {
+    let tid = leader.tid();
+    leader.leave_by(libc::SYS_exit, [0; 6])?;
+    let until = Instant::now() + Duration::from_secs(2);
+    while !crate::process::has_ended(tid) {
+        if Instant::now() > until {
+            return Err(RestoreError::Unsuitable("its first thread does not end".into()));
+        }
+        std::thread::sleep(Duration::from_micros(50));
+    }
+    Ok(())
 }
 
 /// Gives a thread its extended registers, laid out as this CPU has them.
@@ -243,7 +268,7 @@ pub fn rebuild<'a>(
     fd_of: &dyn Fn(Backing) -> Option<i32>,
     pages: impl IntoIterator<Item = (u64, &'a [u8])>,
 ) -> Result<Rebuilt, RestoreError> {
-    let leader = image
+    let first = image
         .threads
         .first()
         .ok_or_else(|| RestoreError::Unsuitable("a process without threads".into()))?;
@@ -272,9 +297,22 @@ pub fn rebuild<'a>(
     advise(&mut calls, image)?;
     mm_fields(&mut calls, &memory, image)?;
     process(&mut calls, &memory, image)?;
-    register(&mut calls, &memory, leader)?;
+    if image.leader_ended() {
+        // What it leaves when it ends is nothing of the image's.
+        let nothing = ThreadImage {
+            robust_list: (0, 0),
+            clear_child_tid: 0,
+            rseq: None,
+            altstack: AltStack::default(),
+            ..first.clone()
+        };
+        register(&mut calls, &memory, &nothing)?;
+    } else {
+        register(&mut calls, &memory, first)?;
+    }
     limits(pid, image)?;
     Ok(Rebuilt {
+        leader_ended: image.leader_ended(),
         calls,
         others: Vec::new(),
         memory,

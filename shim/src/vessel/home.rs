@@ -31,14 +31,13 @@ enum Change<'a> {
 }
 
 impl Vessel {
-    /// Makes the areas of the vessel `pid` those of the image. It waits for the vessel, which may be stopped: not for the thread
+    /// Makes the areas of a vessel those of the image. It waits for the vessel, which may be stopped: not for the thread
     /// that traces it. `worker` is one of its idle workers; `file` gives the open file
     /// behind a number, `object` the one behind the id of shared anonymous memory, which is mapped anew.
     ///
     /// # Errors
     /// A call that fails. The vessel then still executes calls, and the guest may go on.
     pub fn adapt_layout(
-        pid: i32,
         image: &ProcessImage,
         worker: &Slot,
         file: &dyn Fn(u64) -> Option<Arc<File>>,
@@ -47,8 +46,8 @@ impl Vessel {
         for thread in &image.threads {
             xstate::fits(&thread.xstate, &image.xstate_layout)?;
         }
-        let _raised = Raised::new(pid, &[libc::RLIMIT_NOFILE, libc::RLIMIT_AS]);
-        let lines: Vec<MapLine> = map_lines(pid, true)?
+        let _raised = Raised::new(image.reached_by(), &[libc::RLIMIT_NOFILE, libc::RLIMIT_AS]);
+        let lines: Vec<MapLine> = map_lines(image.reached_by(), true)?
             .into_iter()
             .filter(|l| !reserved(&l.range) && !special(l))
             .collect();
@@ -130,8 +129,8 @@ impl Vessel {
     /// # Errors
     /// A thread is gone: the process was killed.
     pub fn gather(self, image: &ProcessImage) -> Result<Homebound<'_>, VesselError> {
-        let site = vdso_site(self.pid)?;
-        let memory = ProcessMemory::new(self.pid);
+        let site = vdso_site(image.reached_by())?;
+        let memory = ProcessMemory::new(image.reached_by());
         let mut threads = Vec::new();
         let mut caught = Vec::new();
         for thread in &image.threads {

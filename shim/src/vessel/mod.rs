@@ -101,7 +101,7 @@ impl Vessel {
         Vessel::convert_all(vec![stopped], arena).map_err(|(mut threads, e)| (threads.pop(), e))
     }
 
-    /// Turns a process all of whose threads are in event stops (the leader first) into a vessel. Its memory areas stay;
+    /// Turns a process all of whose threads are in event stops (the leader first, if it lives) into a vessel. Its memory areas stay;
     /// their pages are dropped, but for those of its arguments and environment, which ps(1) shows. What the threads have
     /// registered with the kernel (rseq, robust list, clear-child-tid address) is unregistered, as it lies in memory that vanishes.
     ///
@@ -128,22 +128,26 @@ impl Vessel {
         mut threads: Vec<Stopped>,
         arena: &Arena,
     ) -> Result<Prepared, (Vec<Stopped>, VesselError)> {
-        let Some(pid) = threads.first().map(Stopped::tid) else {
+        // A leader that has ended shows nothing of the process.
+        let Some(by) = threads.first().map(Stopped::tid) else {
             return Err((threads, VesselError::Call(RemoteCallError::Ended(0))));
         };
+        let Some(pid) = process::of_thread(by) else {
+            return Err((Vec::new(), VesselError::Call(RemoteCallError::Ended(by))));
+        };
         let slots: std::io::Result<Vec<Slot>> = threads.iter().map(|_| arena.allocate()).collect();
-        let (slots, site) = match (slots, vdso_site(pid)) {
+        let (slots, site) = match (slots, vdso_site(by)) {
             (Ok(slots), Ok(site)) => (slots, site),
             (Err(e), _) => return Err((threads, e.into())),
             (_, Err(e)) => return Err((threads, e.into())),
         };
         let leader = &threads[0];
-        let own = Stopped::assume(pid, leader.stop());
+        let own = Stopped::assume(by, leader.stop());
         let mut leader = match RemoteCalls::begin(own, site) {
             Ok(calls) => calls,
             Err(e) => return Err((alive(threads, &e), e.into())),
         };
-        match furnish(&mut leader, pid, arena) {
+        match furnish(&mut leader, by, arena) {
             Ok((catcher, actions)) => Ok(Prepared {
                 pid,
                 threads,
@@ -245,9 +249,9 @@ impl Prepared {
     /// # Errors
     /// The process is dead.
     pub fn settle(self) -> Result<(Vessel, Parts), VesselError> {
-        let (pid, catcher) = (self.pid, self.catcher.tid());
+        let (pid, catcher, by) = (self.pid, self.catcher.tid(), self.leader.tid());
         // From here on nothing fails but by the death of the process.
-        let (workers, pending) = settle(self.threads, self.leader, self.catcher, pid, &self.slots)?;
+        let (workers, pending) = settle(self.threads, self.leader, self.catcher, by, &self.slots)?;
         let vessel = Vessel {
             pid,
             catcher,

@@ -20,7 +20,8 @@ define_rows! {
     130 rt_sigsuspend(mask: ADDR, sigsetsize: SIZE) Local;
     131 sigaltstack(ss: ADDR, old_ss: ADDR) Local;
     200 tkill(tid: PID, sig: SIG) SEND;
-    219 restart_syscall() Local;
+    219 restart_syscall() Split(SplitKind::Restart), blocking: Long,
+        note: "A sleep that began at home goes on there, by the thread that began it.";
     234 tgkill(tgid: PID, tid: PID, sig: SIG) SEND;
     282 signalfd(fd: FD, mask: ADDR, size: SIZE) FD_HOME;
     289 signalfd4(fd: FD, mask: ADDR, size: SIZE, flags: INT) FD_HOME;

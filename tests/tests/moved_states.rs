@@ -1,0 +1,52 @@
+//! What a process's threads are doing when it is moved makes no difference to them.
+
+use std::time::{Duration, Instant};
+
+use tests::build::{Link, guest};
+use tests::compare::{End, How};
+use tests::lab::{Lab, text};
+use tests::or_skip;
+use tests::running::Running;
+
+/// Starts a guest that tells its pid and then answers lines, and moves it about.
+fn moved(name: &str, ways: &[&str], pause: Duration) -> Running {
+    let lab = Lab::shared().expect("the caller has it");
+    let program = guest(name, Link::Dynamic).expect("the caller has it");
+    let mut job = Running::start(&lab, How::Home, [program]);
+    let pid = job.number().to_string();
+    for (round, to) in ways.iter().enumerate() {
+        let next = Instant::now() + pause;
+        let moved = lab
+            .exec(1)
+            .args(["mosmigrate", &pid, to])
+            .output()
+            .expect("mosmigrate starts");
+        assert!(moved.status.success(), "{name} to {to}: {}", text(&moved));
+        job.write(&format!("{round}\n"));
+        assert_eq!(job.line(), round.to_string(), "{name} at {to}");
+        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+    job.close();
+    job
+}
+
+/// Sleeps, waits with deadlines and waits without end go on for as long as they should. The pauses are for them to be waited
+/// out in several places.
+#[test]
+fn waits_keep_their_deadlines() {
+    let _lab = or_skip!(Lab::shared());
+    or_skip!(guest("sleepers", Link::Dynamic));
+    let ways = ["2", "home", "3", "home", "2"];
+    let mut job = moved("sleepers", &ways, Duration::from_millis(700));
+    assert_eq!(job.line(), "slept");
+    assert_eq!(job.wait(), End::Code(0));
+}
+
+#[test]
+fn a_process_without_its_first_thread() {
+    let _lab = or_skip!(Lab::shared());
+    or_skip!(guest("headless", Link::Dynamic));
+    let ways = ["2", "home", "3", "2", "home", "3"];
+    let mut job = moved("headless", &ways, Duration::ZERO);
+    assert_eq!(job.wait(), End::Code(7));
+}
