@@ -15,7 +15,7 @@ use shim::ptrace::{self, Stopped};
 use shim::track::Tracker;
 
 use crate::home::Home;
-use crate::launch::{Start, process_launch};
+use crate::launch::{Namer, Start, process_launch};
 use crate::process::Mode;
 use crate::road::{Description, Road};
 use crate::shared::{Command, Shared};
@@ -381,6 +381,9 @@ fn make_ready(shared: &Arc<Shared>, pid: i32, node: u32, mode: wire::Mode) -> Re
             ..MoveReport::default()
         },
     };
+    if ready.road.has_link() {
+        announce_files(shared, pid, &ready.road);
+    }
     if wanted && let Err(why) = precopy(shared, pid, &mut ready) {
         if mode == wire::Mode::Precopy {
             tracing::warn!(pid, why, "its memory is sent while it stands still");
@@ -389,6 +392,21 @@ fn make_ready(shared: &Arc<Shared>, pid: i32, node: u32, mode: wire::Mode) -> Re
         ready.tracker = None;
     }
     Ok(ready)
+}
+
+/// Tells the node which files the process maps, so that they are there when it is built.
+fn announce_files(shared: &Arc<Shared>, pid: i32, road: &Road) {
+    let mut namer = Namer::new(shared, pid);
+    for line in shim::capture::map_lines(pid, false).unwrap_or_default() {
+        if line.ino != 0 && !line.shared {
+            // What cannot be opened is for the description to tell.
+            let _ = namer.name(line.range.start, line.range.end, line.dev, line.ino, &line.path);
+        }
+    }
+    let body = wire::encode(&wire::Prefetch { files: namer.files() });
+    if let Err(e) = road.send(pid, wire::Kind::Prefetch, &[&body]) {
+        tracing::debug!(pid, error = %e, "files not announced");
+    }
 }
 
 fn precopy(shared: &Arc<Shared>, pid: i32, ready: &mut Ready) -> Result<(), String> {

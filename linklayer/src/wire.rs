@@ -110,6 +110,8 @@ pub enum Kind {
     Coming = 53,
     /// Supervisor to deputy, on such a link: all memory has been sent (empty body); answer [`Errno`] (0: it is in the vessel).
     PagesEnd = 54,
+    /// To a supervisor, on the link of a process that is going to come: the files that it maps so far ([`Prefetch`]).
+    Prefetch = 55,
     /// Supervisor to deputy: how far a move has got ([`Progress`]).
     Progress = 52,
     /// Deputy to supervisor: a signal for a guest ([`Signal`]).
@@ -139,7 +141,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_u16(n: u16) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 41] = [
+        const ALL: [Kind; 42] = [
             Call,
             Clone,
             Exec,
@@ -181,6 +183,7 @@ impl Kind {
             Progress,
             Coming,
             PagesEnd,
+            Prefetch,
         ];
         ALL.into_iter().find(|k| *k as u16 == n)
     }
@@ -544,7 +547,7 @@ mod tests {
             }
         }
         assert!(Kind::from_u16(0).is_none());
-        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 41);
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 42);
     }
 
     #[test]

@@ -96,6 +96,13 @@ pub struct Moved {
     pub report: MoveReport,
 }
 
+/// Files that a process maps which is going to come: they are fetched while it still runs elsewhere.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct Prefetch {
+    /// The files.
+    pub files: Vec<super::FileRef>,
+}
+
 /// Which pages a process that was sent while it ran has in the end: what else was sent of it is dropped.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct Present {

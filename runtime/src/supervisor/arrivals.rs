@@ -178,6 +178,9 @@ impl Handler for OwnLink {
                 return Err(format!("process {} on the link of {}", header.tid, self.pid));
             }
             let mut arriving = self.arriving.lock();
+            if kind == Kind::Prefetch {
+                return prefetch(&self.shared, &payload);
+            }
             if !arriving.frame(self.pid, kind, &payload)? {
                 return Ok(());
             }
@@ -201,6 +204,24 @@ impl Handler for OwnLink {
         *self.arriving.lock() = Arriving::default();
         self.shared.arrivals.links.lock().remove(&self.pid);
     }
+}
+
+/// Fetches files for a process that is going to come. What cannot be had now is fetched when it is built.
+fn prefetch(shared: &Arc<Shared>, payload: &[u8]) -> Result<(), String> {
+    let files: wire::Prefetch = wire::decode(payload).map_err(|e| e.to_string())?;
+    let starter = shared.starter.clone();
+    let shared = shared.clone();
+    starter.start("prefetch", move || {
+        for file in &files.files {
+            let fetched = shared
+                .files
+                .get(file, |offset, len| shared.read_file(file.id, offset, len));
+            if let Err(e) = fetched {
+                tracing::debug!(id = file.id, error = %e, "file not fetched yet");
+            }
+        }
+    });
+    Ok(())
 }
 
 /// Fetches what is missing of the files, off the thread that delivers frames, and hands the whole to the tracer.

@@ -98,6 +98,7 @@ fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure
     let link =
         Link::connect(order.place.addr, &key, peer, Arc::new(Mute), arrivals::options()).map_err(reach)?;
     let mut departure = Departure::new(pid, None, link);
+    announce_files(shared, &guest, &departure);
     if wants_precopy(order.mode, super::usage::resident_bytes(guest.memory.pid()))
         && let Err(why) = precopy(shared, &mut departure)
     {
@@ -105,6 +106,22 @@ fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure
     }
     departure.since = Instant::now();
     Ok(departure)
+}
+
+/// Tells the other node which files the guest maps, so that they are there when it is built.
+fn announce_files(shared: &Shared, guest: &Guest, departure: &Departure) {
+    let lines = shim::capture::map_lines(guest.memory.pid(), false).unwrap_or_default();
+    let mut seen = HashSet::new();
+    let files = lines
+        .iter()
+        .filter_map(|line| shim::capture::file_id(&line.path))
+        .filter(|id| seen.insert(*id))
+        .filter_map(|id| shared.files.known(id))
+        .collect();
+    let body = wire::encode(&wire::Prefetch { files });
+    if let Err(e) = send(&departure.link, departure.pid, Kind::Prefetch, &[&body]) {
+        tracing::debug!(error = %e, "files not announced");
+    }
 }
 
 fn wants_precopy(mode: Mode, size_bytes: u64) -> bool {
