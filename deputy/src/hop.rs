@@ -178,7 +178,7 @@ impl Home {
             hop.fail(pid, why);
             return Ok(());
         }
-        // The nodes do not reach each other, but home reaches both.
+        // The nodes do not reach each other, but home reaches both; and those who share memory come together there.
         let mut wish = hop.withdraw(pid);
         wish.before = Some(MoveReport {
             note: format!(

@@ -274,7 +274,8 @@ fn a_process_survives_where_it_is_when_its_next_node_is_lost() {
         line.args(["mosmigrate", "--mode", mode, &pid.to_string(), "3"]);
         let migrating = std::thread::spawn(move || line.output().expect("mosmigrate starts"));
         let mut receiver = String::new();
-        wait_for("a part of it to be there", Duration::from_secs(30), || {
+        // Home may have to notice first that the supervisor that was there before is gone.
+        wait_for("a part of it to be there", Duration::from_secs(90), || {
             let now = lab.inspect(3, supervisor);
             receiver = now
                 .lines()

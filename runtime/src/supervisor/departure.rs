@@ -92,7 +92,15 @@ fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure
     let pid = order.pid;
     let guest = shared.guests.read().get(&pid).cloned();
     let guest = guest.ok_or_else(|| Failure::new(Phase::Seize, "it is not here any more"))?;
-    let reach = |e: LinkError| Failure::new(Phase::Reach, e);
+    if let Some(why) = shares_memory(shared, &guest) {
+        return Err(Failure::new(Phase::Reach, why));
+    }
+    let reach = |e: LinkError| {
+        Failure::new(
+            Phase::Reach,
+            format!("that node cannot be reached from here: {e}"),
+        )
+    };
     let key = OneTimeKey::from_bytes(&order.key).map_err(reach)?;
     let peer = Fingerprint(order.place.fingerprint);
     let link =
@@ -106,6 +114,19 @@ fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure
     }
     departure.since = Instant::now();
     Ok(departure)
+}
+
+/// Why a guest does not go alone: those who share memory go together, by way of home.
+fn shares_memory(shared: &Shared, guest: &Guest) -> Option<&'static str> {
+    let same_space = |other: &Arc<Guest>| other.pid != guest.pid && other.space == guest.space;
+    if shared.guests.read().values().any(same_space) {
+        return Some("it has the memory of another process");
+    }
+    let lines = shim::capture::map_lines(guest.memory.pid(), false).unwrap_or_default();
+    lines
+        .iter()
+        .any(shim::capture::MapLine::shares_memory)
+        .then_some("it maps memory that can be shared")
 }
 
 /// Tells the other node which files the guest maps, so that they are there when it is built.
@@ -336,7 +357,7 @@ impl Tracer {
         let begun = Instant::now();
         let launch = match self.describe_departure(guest, departure.tracker.is_some()) {
             Ok(launch) => launch,
-            Err(e) => return self.departed(pid, Err(Failure::new(Phase::Dump, format!("{e:#}")))),
+            Err(failure) => return self.departed(pid, Err(failure)),
         };
         departure.report.times.dump_us = begun.elapsed().as_micros() as u64;
         let (shared, guest) = (self.shared.clone(), guest.clone());
@@ -348,12 +369,10 @@ impl Tracer {
         Ok(())
     }
 
-    fn describe_departure(&mut self, guest: &Arc<Guest>, tracked: bool) -> anyhow::Result<wire::Launch> {
-        if let Some(other) = self.relatives(std::slice::from_ref(guest)).first() {
-            anyhow::bail!("it shares memory with process {other}; bring it home");
-        }
-        let (image, _) = self.capture(guest, tracked)?;
-        self.launch_of(guest, image)
+    fn describe_departure(&mut self, guest: &Arc<Guest>, tracked: bool) -> Result<wire::Launch, Failure> {
+        self.capture(guest, tracked)
+            .and_then(|(image, _)| self.launch_of(guest, image))
+            .map_err(|e| Failure::new(Phase::Dump, format!("{e:#}")))
     }
 
     /// What the other node needs to build a captured guest.
@@ -367,7 +386,7 @@ impl Tracer {
                     files.push(file.with_context(|| format!("file {file_id} of an area is not known"))?);
                 }
                 AreaKind::SharedAnon { .. } => {
-                    anyhow::bail!("it maps memory that can be shared; bring it home");
+                    anyhow::bail!("it maps memory that can be shared");
                 }
                 _ => {}
             }
