@@ -29,7 +29,7 @@ macro_rules! guests {
 guests! {
     big_transfers, borrowed_memory, clocks, clone3, efault, exec_forms, exec_signals, fds, files, fork_wait, ipc, locks, long_paths, many_fds, memory, pipes,
     pollers, prctls, proc_self, pty, restart, rlimits, robust, sessions, shared_memory, sigchld, signals, sigwait, spawn, stack, storms, tcp,
-    tempmask, thread_ends, threads, timers, tree, tty_jobs, unix_sockets, vfork,
+    tempmask, thread_ends, threads, timer_threads, timers, tree, tty_jobs, unix_sockets, vfork,
 }
 
 /// The other ways to link, where the start of a program differs.
