@@ -45,6 +45,7 @@ impl Contact {
                 self.post_in_turn(Command::ExitGroup(reply.clone(), code), &reply);
             }
             Kind::Died => shared.post(Command::Died(body(&payload)?)),
+            Kind::Stops => shared.post(Command::Stops(body(&payload)?)),
             Kind::Interrupt => {
                 let request: wire::Interrupt = body(&payload)?;
                 if let Some(worker) = shared.worker(request.tid) {

@@ -329,6 +329,7 @@ impl Home {
             Command::ExitGroup(reply, code) => self.exit_group(reply, code),
             Command::Died(died) => self.die(died.pid, died.signal),
             Command::Dies(pid, signal) => self.die_now(pid, signal),
+            Command::Stops(stop) => self.stop_as_guest(&stop),
             Command::Interrupt(i) => self.interrupt(i),
             Command::Homecoming(reply, body) => self.homecoming(reply, *body),
             Command::LaidOut(reply, body, result) => self.laid_out(&reply, *body, result),

@@ -196,6 +196,8 @@ pub struct Process {
     pub how: &'static str,
     /// The signal of which its guest died and it is to die.
     pub dying: Option<i32>,
+    /// The stop signal that its guest has taken.
+    pub stopping: Option<i32>,
     /// Signals that were queued for it anew, with the siginfo that they are to have.
     pub resent: Vec<crate::resend::Resent>,
     /// Signals that were pending when it was described for another node: they went with it, and its vessel forgets them.
@@ -228,6 +230,7 @@ impl Process {
             stay: None,
             how: "started",
             dying: None,
+            stopping: None,
             resent: Vec::new(),
             carried: Vec::new(),
             waiters: Vec::new(),

@@ -93,6 +93,8 @@ pub enum Command {
     Died(wire::Died),
     /// Its process can die of the same now.
     Dies(i32, i32),
+    /// A guest takes a stop signal that it had blocked.
+    Stops(wire::Stop),
     /// Interrupt a call in progress.
     Interrupt(wire::Interrupt),
     /// A process comes home.

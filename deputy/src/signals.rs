@@ -67,8 +67,11 @@ impl Home {
             .actions
             .get(sig as usize - 1)
             .is_none_or(|a| a.handler == 0);
-        if process.dying == Some(sig) || (stops(sig) && (default || sig == libc::SIGSTOP)) {
+        if process.dying == Some(sig) || sig == libc::SIGSTOP {
             // The kernel at home does what the signal does by default.
+            return Ok(stopped.cont(sig)?);
+        }
+        if stops(sig) && default && self.would_stop(pid, tid, sig) {
             return Ok(stopped.cont(sig)?);
         }
         let info = self.siginfo(pid, &stopped)?;
@@ -107,6 +110,48 @@ impl Home {
             self.relayed_continue(pid)?;
         }
         Ok(())
+    }
+
+    /// Whether a stop signal that is left to its default action stops the process. A guest can block it, which only its node
+    /// knows; a node that does not say so in time is not waited for.
+    fn would_stop(&mut self, pid: i32, tid: i32, sig: i32) -> bool {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        if self.shared.worker(tid).is_some() {
+            // Sent by the terminal for a call that was made under the guest thread's own mask.
+            return true;
+        }
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return true;
+        };
+        if process.stopping.take() == Some(sig) {
+            return true;
+        }
+        let Some(away) = process.away() else { return true };
+        let link = away.link.clone();
+        let (send, answer) = crossbeam_channel::bounded(1);
+        crate::contact::spawn("stop", move || {
+            let body = wire::encode(&wire::Stop { pid, signal: sig });
+            let header = Header::new(Kind::WouldStop as u16, pid, link.next_seq());
+            let answered = link.call(pid as u32, header, &[&body]);
+            let would = answered.ok().and_then(|(_, body)| wire::decode(&body).ok());
+            let _ = send.send(would.is_none_or(|wire::WouldStop(would)| would));
+        });
+        answer.recv_timeout(PATIENCE).unwrap_or(true)
+    }
+
+    /// A guest takes a stop signal that it had blocked: the vessel stops of it.
+    pub(crate) fn stop_as_guest(&mut self, stop: &wire::Stop) -> anyhow::Result<()> {
+        let Some(process) = self.processes.get_mut(&stop.pid) else {
+            return Ok(());
+        };
+        if !stops(stop.signal) {
+            return Ok(());
+        }
+        let Some(catcher) = process.away().map(|away| away.vessel.catcher()) else {
+            return Ok(());
+        };
+        process.stopping = Some(stop.signal);
+        Ok(shim::signal::kill_thread(stop.pid, catcher, stop.signal)?)
     }
 
     /// The lane on which a process's signals are sent: when one of its threads waits for an answer that must not come

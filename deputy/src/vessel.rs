@@ -112,8 +112,14 @@ impl Home {
                 stopped.listen()?;
                 let process = self.processes.get_mut(&pid).context("process of the vessel")?;
                 let Some(away) = process.away() else { return Ok(()) };
-                away.continued = false;
-                let parked = std::mem::take(&mut away.parked);
+                // Another thread's report of this stop may come late, when the catcher has taken the SIGCONT that ended it.
+                let catcher = tid == away.vessel.catcher();
+                away.continued &= !catcher;
+                let parked = if catcher {
+                    std::mem::take(&mut away.parked)
+                } else {
+                    Vec::new()
+                };
                 if !away.frozen {
                     away.frozen = true;
                     away.say_frozen(pid);

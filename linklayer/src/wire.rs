@@ -128,6 +128,11 @@ pub enum Kind {
     Hello = 39,
     /// Deputy to supervisor: the job is over; kill what is left and end.
     End = 40,
+    /// Deputy to supervisor: would this signal stop the guest, which leaves it to its default action ([`Stop`])? Answer
+    /// [`WouldStop`].
+    WouldStop = 61,
+    /// Supervisor to deputy: the guest takes a stop signal that it had blocked ([`Stop`]).
+    Stops = 62,
     /// Supervisor to deputy: what do home's clocks show (empty body); answer [`Clocks`](crate::image::Clocks).
     Clock = 43,
     /// Deputy to supervisor: a process that comes shares memory with others that come ([`Share`]); before its [`Launch`].
@@ -141,7 +146,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_u16(n: u16) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 42] = [
+        const ALL: [Kind; 44] = [
             Call,
             Clone,
             Exec,
@@ -184,6 +189,8 @@ impl Kind {
             Coming,
             PagesEnd,
             Prefetch,
+            WouldStop,
+            Stops,
         ];
         ALL.into_iter().find(|k| *k as u16 == n)
     }
@@ -303,6 +310,19 @@ pub struct Died {
     /// Signal number.
     pub signal: i32,
 }
+
+/// A process and a signal of job control.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct Stop {
+    /// Process.
+    pub pid: i32,
+    /// Signal number.
+    pub signal: i32,
+}
+
+/// Whether it would: one of the guest's threads does not block the signal.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct WouldStop(pub bool);
 
 /// Interrupts the call `seq` of thread `tid` if it is still in progress.
 #[derive(Clone, Copy, Debug, Encode, Decode)]
@@ -547,7 +567,7 @@ mod tests {
             }
         }
         assert!(Kind::from_u16(0).is_none());
-        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 42);
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 44);
     }
 
     #[test]

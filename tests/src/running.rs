@@ -128,10 +128,18 @@ impl Drop for Running {
 ///
 /// # Panics
 /// When it takes longer than `limit`.
-pub fn wait_for(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
+pub fn wait_for(what: &str, limit: Duration, done: impl FnMut() -> bool) {
+    assert!(within(limit, done), "waited {limit:?} in vain for {what}");
+}
+
+/// Whether `done` comes true before the limit, looking again every few milliseconds.
+pub fn within(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
     while !done() {
-        assert!(Instant::now() < deadline, "waited {limit:?} in vain for {what}");
+        if Instant::now() >= deadline {
+            return false;
+        }
         std::thread::sleep(Duration::from_millis(5));
     }
+    true
 }

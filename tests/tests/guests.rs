@@ -28,7 +28,7 @@ macro_rules! guests {
 
 guests! {
     big_transfers, borrowed_memory, clocks, clone3, efault, exec_forms, exec_signals, fds, files, fork_wait, ipc, locks, long_paths, many_fds, memory, pipes,
-    pollers, prctls, proc_self, pty, restart, rlimits, robust, sessions, shared_memory, sigchld, signals, sigwait, spawn, stack, storms, tcp,
+    pollers, prctls, proc_self, pty, restart, rlimits, robust, sessions, shared_memory, sigchld, signals, sigwait, spawn, stack, stop_blocked, storms, tcp,
     tempmask, thread_ends, threads, timer_threads, timers, tree, tty_jobs, unix_sockets, vfork,
 }
 

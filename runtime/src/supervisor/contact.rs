@@ -84,6 +84,15 @@ impl Contact {
                 let counted = shared.arrived(signal.pid);
                 shared.post(Command::Signal(signal, counted));
             }
+            Kind::WouldStop => {
+                let would = wire::WouldStop(shared.would_stop(&body(&payload)?));
+                let answer = Answer {
+                    link: link.clone(),
+                    lane,
+                    header,
+                };
+                answer.send(&wire::encode(&would));
+            }
             Kind::Freeze => {
                 let pid = body::<wire::Pid>(&payload)?.0;
                 shared.post(Command::Freeze(pid, shared.arrived(pid)));

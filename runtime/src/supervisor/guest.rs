@@ -259,6 +259,15 @@ impl Thread {
         (status.pending_thread | status.pending_process) & !mask.unwrap_or(status.blocked)
     }
 
+    /// Whether it blocks a signal now, be it by the mask of the call that it waits in.
+    pub fn blocks(&self, signal: i32) -> bool {
+        let mask = match &*self.call.lock() {
+            InCall::Forwarded(f) if f.mask.is_some() => f.mask,
+            _ => SignalStatus::read(self.outer).map(|s| s.blocked),
+        };
+        !(1..=64).contains(&signal) || mask.is_none_or(|m| m >> (signal - 1) & 1 == 1)
+    }
+
     /// Whether a signal was queued for it that interrupts a call made under `mask`.
     pub fn must_return(&self, mask: Option<u64>) -> bool {
         // A temporary mask may unblock what has been pending since long before.
@@ -281,6 +290,12 @@ pub struct SignalStatus {
 }
 
 impl SignalStatus {
+    /// Whether one of these signals is pending.
+    pub fn pends(&self, signals: &[i32]) -> bool {
+        let pending = self.pending_thread | self.pending_process;
+        signals.iter().any(|s| pending >> (s - 1) & 1 == 1)
+    }
+
     /// Reads them; `None` when the thread is gone.
     pub fn read(tid: i32) -> Option<SignalStatus> {
         let text = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;

@@ -315,6 +315,17 @@ impl Shared {
             .map_err(std::io::Error::other)
     }
 
+    /// Whether a thread of the guest would take the signal at once.
+    pub fn would_stop(&self, stop: &wire::Stop) -> bool {
+        let threads = self.threads.read();
+        let mut its = threads
+            .values()
+            .filter(|t| t.guest.pid == stop.pid && !t.guest.ended.lock().contains(&t.outer))
+            .peekable();
+        // One that is being made inherits a mask that home knows no more of than this node.
+        its.peek().is_none() || its.any(|t| !t.blocks(stop.signal))
+    }
+
     /// The guest that has this thread.
     pub fn owner_of(&self, tid: i32) -> Option<i32> {
         self.threads

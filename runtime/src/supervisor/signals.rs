@@ -17,6 +17,8 @@ use super::tracer::{Hold, RESTARTNOINTR, Tracer};
 
 /// The first token: no program's own values of sigqueue(3) look like it.
 pub(super) const FIRST_TOKEN: u64 = 0x6d6f_7372_0000_0001;
+/// The signals of job control that can be blocked. What is pending of them ends with a SIGCONT, also with one that is ignored.
+pub(super) const STOPS: [i32; 3] = [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
 /// How many signals may be known as queued while none is pending.
 const FIXES_MAX: usize = 256;
 /// Most signals that are kept for children that are not made here yet.
@@ -40,8 +42,11 @@ impl Fix {
             // Its count may have grown since it was queued.
             return self.signal == signal && same_timer(&self.info, info);
         }
-        // Others of the same number may wait with other values.
-        self.info == *info
+        // Others of the same number may wait with other values. The sender is not compared: the kernel clears what is queued into
+        // another pid namespace (kernel/signal.c, send_signal_locked).
+        self.signal == signal
+            && self.info.code() == info.code()
+            && shim::signal::info_value(&self.info) == shim::signal::info_value(info)
     }
 }
 
@@ -103,8 +108,9 @@ impl Tracer {
         let status = SignalStatus::read(keeper).unwrap_or_default();
         if let Some(thread) = &target
             && guest.ignores(sig)
+            && !(sig == libc::SIGCONT && status.pends(&STOPS))
             && thread.deliverable(None) >> (sig - 1) & 1 == 0
-            && !self.blocks(thread, sig)
+            && !thread.blocks(sig)
             && !waits_for(thread, sig)
         {
             return Ok(());
@@ -194,6 +200,24 @@ impl Tracer {
         Ok(())
     }
 
+    /// A thread takes a signal: gives what is delivered to it. What stops the process does so at home, and the guest is frozen to
+    /// match.
+    pub(super) fn stops_at_home(&self, outer: i32, sig: i32) -> i32 {
+        let Some(traced) = self.threads.get(&outer) else {
+            return sig;
+        };
+        let guest = &traced.thread.guest;
+        if !STOPS.contains(&sig) || guest.action(sig).handler != 0 {
+            return sig;
+        }
+        let body = wire::Stop {
+            pid: guest.pid,
+            signal: sig,
+        };
+        self.shared.tell(guest.pid, Kind::Stops, &wire::encode(&body));
+        0
+    }
+
     /// What is known of a signal that a thread takes.
     fn take_fix(&mut self, outer: i32, is: impl Fn(&Fix) -> bool) -> Option<SigInfo> {
         let traced = self.threads.get_mut(&outer)?;
@@ -268,14 +292,6 @@ impl Tracer {
         }
     }
 
-    fn blocks(&self, thread: &Thread, sig: i32) -> bool {
-        let mask = match &*thread.call.lock() {
-            InCall::Forwarded(f) if f.mask.is_some() => f.mask,
-            _ => SignalStatus::read(thread.outer).map(|s| s.blocked),
-        };
-        mask.is_none_or(|m| m >> (sig - 1) & 1 == 1)
-    }
-
     /// The thread the kernel would choose for a process-directed signal: the leader if it does not block it, else any
     /// that does not.
     fn taker(&self, guest: &Guest, sig: i32) -> Option<Arc<Thread>> {
@@ -288,14 +304,14 @@ impl Tracer {
                     .map(|t| &t.thread)
                     .filter(|t| t.guest.pid == guest.pid),
             )
-            .find(|t| !guest.ended.lock().contains(&t.outer) && !self.blocks(t, sig))
+            .find(|t| !guest.ended.lock().contains(&t.outer) && !t.blocks(sig))
             .cloned()
     }
 
     /// Asks home to interrupt the thread's call, if one is in progress there.
     pub(super) fn interrupt_call(&self, thread: &Thread, sig: Option<i32>) {
         if let Some(sig) = sig
-            && self.blocks(thread, sig)
+            && thread.blocks(sig)
         {
             return;
         }

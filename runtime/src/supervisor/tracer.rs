@@ -324,7 +324,7 @@ impl Tracer {
                 }
                 traced.note_wait(&regs);
                 self.true_siginfo(outer, sig, &mut stopped)?;
-                stopped.cont(sig)?;
+                stopped.cont(self.stops_at_home(outer, sig))?;
             }
             Stop::Seccomp(shim::filter::TRACE_WAIT) => self.wait_begins(outer, stopped)?,
             Stop::Seccomp(_) => self.clone_begins(outer, stopped)?,
