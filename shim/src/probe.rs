@@ -106,6 +106,14 @@ const FEATURES: &[Feature] = &[
         remedy: "Linux 5.19 or later with CONFIG_SECCOMP_FILTER",
     },
     Feature {
+        name: "mapped_files",
+        purpose: "contents of files that guests map (SECCOMP_IOCTL_NOTIF_ADDFD, Linux 5.9)",
+        need: Need::Guests,
+        trial: trials::mapped_files,
+        consequence: "no guest can map a file on this node: it fails with EIO",
+        remedy: "Linux 5.9 or later with CONFIG_SECCOMP_FILTER",
+    },
+    Feature {
         name: "same_cpu_wakeup",
         purpose: "handing over between guest and supervisor on one processor (Linux 6.6)",
         need: Need::Better,
@@ -115,11 +123,12 @@ const FEATURES: &[Feature] = &[
     },
     Feature {
         name: "tracing",
-        purpose: "seizing processes, at home and away (ptrace)",
+        purpose: "seizing processes, at home and away, with their masks, pending signals and rseq (ptrace, Linux 5.13)",
         need: Need::Home,
         trial: trials::tracing,
         consequence: "no program can be moved from or to this node",
-        remedy: "sysctl kernel.yama.ptrace_scope=1 or 0; in a container, allow ptrace",
+        remedy: "sysctl kernel.yama.ptrace_scope=1 or 0; in a container, allow ptrace; Linux 5.13 or later with \
+                 CONFIG_CHECKPOINT_RESTORE",
     },
     Feature {
         name: "memory_access",
@@ -156,9 +165,9 @@ const FEATURES: &[Feature] = &[
     Feature {
         name: "drop_locked",
         purpose: "emptying the home process of locked memory too (MADV_DONTNEED_LOCKED, Linux 5.18)",
-        need: Need::Home,
+        need: Need::Better,
         trial: trials::drop_locked,
-        consequence: "no program of this node can run away",
+        consequence: "locked memory of a program that is away stays allocated at home as well",
         remedy: "Linux 5.18 or later",
     },
     Feature {

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -11,7 +11,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use super::Outcome;
 use crate::cage::{Blank, Cage, CageError, CageOptions};
 use crate::memory::ProcessMemory;
-use crate::notify::Listener;
+use crate::notify::{Listener, NotifyError};
 
 /// Turns a failure into text.
 fn outcome<T, E: std::fmt::Display>(result: Result<T, E>) -> Outcome {
@@ -141,6 +141,18 @@ pub fn same_cpu_wakeup() -> Outcome {
     )
 }
 
+pub fn mapped_files() -> Outcome {
+    let result = a_listener().and_then(|listener| {
+        let null = File::open("/dev/null")?;
+        match listener.add_fd(0, null.as_fd(), None, true) {
+            // There is no call of this number, which only a kernel that knows the request can tell.
+            Err(NotifyError::Gone) | Ok(_) => Ok(()),
+            Err(e) => Err(io::Error::other(e)),
+        }
+    });
+    outcome(result)
+}
+
 /// Runs `trial` on a child that waits.
 fn with_child(trial: impl FnOnce(i32) -> io::Result<()>) -> Outcome {
     // SAFETY: the child only waits, and dies with this process or by our signal.
@@ -174,6 +186,10 @@ pub fn tracing() -> Outcome {
         let stopped = crate::ptrace::wait_stop(pid).map_err(other)?;
         stopped.regs().map_err(other)?;
         stopped.rseq().map_err(other)?;
+        stopped.sigmask().map_err(other)?;
+        stopped
+            .pending(crate::ptrace::PendingQueue::Process)
+            .map_err(other)?;
         Ok(())
     })
 }
