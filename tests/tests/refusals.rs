@@ -209,14 +209,24 @@ top=$(mktemp -d); export MOSRUN_CONFIG=$top/mosd.toml MOSRUN_RUNDIR=$top/run
 printf '[node]\nlisten = "10.77.0.1:7118"\nseeds = ["10.77.0.2:7117"]\nstate_dir = "%s/state"\n[load]\nspeed = 1000\n' $top > $MOSRUN_CONFIG
 mosctl cluster init --name other > /dev/null 2>&1 || exit 1
 mosd || exit 2
-sleep 1.5
+echo up; read line
 mosctl status --json | grep -c '"status": "alive"'
 mosrun -r 2 echo started
 kill $(mosctl status --json | sed -n 's/^    "pid": \([0-9]*\),$/\1/p'); rm -r $top
 "#;
-    let output = lab.exec(1).args(["sh", "-c", other]).output().unwrap();
+    let mut stranger = lab.exec(1);
+    stranger.args(["sh", "-c", other]);
+    let mut stranger = Running::spawn(stranger);
+    assert_eq!(stranger.line(), "up");
+    wait_for("the stranger to ask", Duration::from_secs(20), || {
+        let log = fs::read_to_string(lab.dir().join("node2.log")).unwrap();
+        log.lines()
+            .any(|l| l.contains("connection from 10.77.0.1:7118") && l.contains("certificate"))
+    });
+    stranger.write("go on\n");
     // It knows itself, and nobody else.
-    assert_eq!(output.stdout, b"1\n", "{}", text(&output));
+    assert_eq!((stranger.line(), stranger.line()), ("1".into(), String::new()));
+    stranger.wait();
     let status = lab.exec(1).args(["mosctl", "status"]).output().unwrap();
     let status = String::from_utf8_lossy(&status.stdout).into_owned();
     assert!(status.contains("node2") && !status.contains("7118"), "{status}");
