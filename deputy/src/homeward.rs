@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use linklayer::image::ProcessImage;
+use linklayer::stay::StayReason;
 use linklayer::wire::{self, Times};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -137,9 +138,6 @@ impl Home {
         match self.resume_home(&body.group) {
             Ok(()) => {
                 reply.errno(0);
-                for pid in &body.group {
-                    self.publish(*pid);
-                }
                 Ok(())
             }
             Err(e) => {
@@ -226,13 +224,17 @@ impl Home {
                 self.resume_thread(stopped, body, group)?;
             }
         }
+        // Whoever is told that one of them has come finds all of them here.
+        for body in &coming {
+            self.note_arrival(body.image.pid, &body.reason);
+        }
         for body in coming {
             let times = Times {
                 restore_us: layouts.get(&body.image.pid).map_or(0, |d| d.as_micros() as u64),
                 resume_us: begun.elapsed().as_micros() as u64,
                 ..Times::default()
             };
-            self.came_home(body.image.pid, body.reason, times);
+            self.came_home(body.image.pid, times);
         }
         Ok(())
     }
@@ -309,19 +311,26 @@ impl Home {
         }
     }
 
-    fn came_home(&mut self, pid: i32, reason: linklayer::stay::StayReason, times: Times) {
-        use linklayer::stay::StayReason;
+    fn note_arrival(&mut self, pid: i32, reason: &StayReason) {
         let Some(process) = self.processes.get_mut(&pid) else {
             return;
         };
-        match &reason {
+        match reason {
             StayReason::Asked => tracing::info!(pid, "came home: somebody asked"),
             StayReason::SharedMemory => tracing::info!(pid, "came home with those whose memory it shares"),
             reason => tracing::warn!(pid, %reason, "came home"),
         }
-        process.stay = Some(reason);
+        process.stay = Some(reason.clone());
         process.how = "came home";
         process.moves_home += 1;
+        self.publish(pid);
+    }
+
+    /// Tells those who wait for it, and sends it on if that was asked.
+    fn came_home(&mut self, pid: i32, times: Times) {
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return;
+        };
         let mut report = self
             .shared
             .progress

@@ -129,8 +129,8 @@ impl Home {
         process.moves_out += 1;
         let mut report: MoveReport = moved.report;
         report.times.resume_us = begun.elapsed().as_micros() as u64;
-        hop.wish.fulfil(report);
         self.publish(pid);
+        hop.wish.fulfil(report);
         Ok(())
     }
 

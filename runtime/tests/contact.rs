@@ -140,7 +140,7 @@ fn frames_that_break_the_protocol_end_it() {
             "pages without an address",
             Kind::Pages,
             vec![0; 3],
-            "without an address",
+            "breaks the protocol",
         ),
         (
             "a supervisor's word",
