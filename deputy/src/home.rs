@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::{Receiver, Sender};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -18,6 +19,9 @@ use shim::ptrace::{self, Status, Stop, Stopped, Target};
 use crate::outward::Leaving;
 use crate::process::{Mode, Process, Role, Task};
 use crate::shared::{Command, Shared};
+
+/// Whether processes at home go on when the deputy, of which there is one in a process, ends.
+static OUTLIVE: AtomicBool = AtomicBool::new(false);
 
 /// The tracer's own state.
 pub struct Home {
@@ -68,9 +72,19 @@ impl Home {
         })
     }
 
-    /// Options for processes at home: they go on when their deputy ends.
+    /// Options for processes at home. Those of a job whose processes may be away end with their deputy, so that no half of a job is
+    /// left; those that were started to be at home, or were there before the deputy, go on.
     pub fn options() -> ptrace::Options {
-        ptrace::usual_options()
+        if OUTLIVE.load(Ordering::Acquire) {
+            ptrace::usual_options()
+        } else {
+            Home::vessel_options()
+        }
+    }
+
+    /// Lets processes at home outlive this deputy. To be called before any is seized.
+    pub fn let_outlive() {
+        OUTLIVE.store(true, Ordering::Release);
     }
 
     /// Options for vessels: without its deputy one would wait for ever.

@@ -66,11 +66,15 @@ impl Deputy {
         self.shared.clone()
     }
 
-    /// Becomes the tracer of a process, which is about to execute the job's program.
+    /// Becomes the tracer of a process, which is about to execute the job's program. With `outlives`, processes at home go on when
+    /// the deputy ends before them.
     ///
     /// # Errors
     /// When it may not be traced: another tracer has it, or a security module forbids it.
-    pub fn seize(&mut self, pid: i32) -> anyhow::Result<()> {
+    pub fn seize(&mut self, pid: i32, outlives: bool) -> anyhow::Result<()> {
+        if outlives {
+            home::Home::let_outlive();
+        }
         shim::ptrace::seize(pid, home::Home::options()).context("the program cannot be traced")?;
         self.home.adopt_first(pid);
         Ok(())
@@ -82,6 +86,7 @@ impl Deputy {
     /// # Errors
     /// When the process itself may not be traced; it is as it was.
     pub fn adopt(&mut self, pid: i32) -> anyhow::Result<Vec<LeftOut>> {
+        home::Home::let_outlive();
         self.home.adopt_tree(pid)
     }
 

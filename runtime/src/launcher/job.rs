@@ -224,7 +224,7 @@ fn attach(args: &Args, program: i32) -> anyhow::Result<Attached> {
     if matches!(want, Want::Drawn(_)) && placer.state.lock().first.is_none() {
         anyhow::bail!("none of the drawn nodes takes the program");
     }
-    deputy.seize(program)?;
+    deputy.seize(program, matches!(want, Want::Home))?;
     let control = Arc::new(Control::new(shared, job, home, program, want));
     Ok(Attached::Yes(Box::new(Ready { deputy, control })))
 }
