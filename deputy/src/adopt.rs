@@ -8,9 +8,10 @@ use std::collections::HashMap;
 use anyhow::Context;
 use crossbeam_channel::Sender;
 use shim::memory::ProcessMemory;
+use shim::process::{has_ended, tracer_of};
 use shim::ptrace::{self, Stopped};
 
-use crate::home::Home;
+use crate::home::{Home, unless_gone};
 use crate::process::{Mode, Role, Task};
 
 /// A descendant that was not taken up, and why, in words.
@@ -21,8 +22,8 @@ impl Home {
     /// another tracer, or other credentials) are left out and named in the answer.
     ///
     /// # Errors
-    /// When the process itself is not there or cannot be traced. Those that were seized run on when the caller ends, because
-    /// processes at home do not end with their tracer.
+    /// When the process itself is not there or cannot be traced. Those that were seized run on when the caller ends, if that let
+    /// them outlive it.
     pub fn adopt_tree(&mut self, root: i32) -> anyhow::Result<Vec<LeftOut>> {
         let mut left_out: HashMap<i32, String> = HashMap::new();
         // Threads and children can be made while we look: what is found in the last round is nothing new.
@@ -64,21 +65,15 @@ impl Home {
             if self.tasks.contains_key(&tid) {
                 continue;
             }
-            let status = ThreadStatus::read(pid, tid);
             // A child of one that is seized already belongs to us from its birth; the event of its parent will tell.
-            if status.ended || status.tracer == std::process::id() as i32 {
+            let nothing_to_do = || has_ended(tid) || tracer_of(tid) == Some(std::process::id() as i32);
+            if nothing_to_do() {
                 continue;
             }
             match ptrace::seize(tid, Home::options()) {
                 Ok(()) => {}
-                Err(e) if e.is_gone() => continue,
-                Err(e) => {
-                    let now = ThreadStatus::read(pid, tid);
-                    if now.ended || now.tracer == std::process::id() as i32 {
-                        continue;
-                    }
-                    return Err(refusal(pid, &now, &e));
-                }
+                Err(e) if e.is_gone() || nothing_to_do() => continue,
+                Err(e) => return Err(refusal(pid, tracer_of(tid), &e)),
             }
             found += 1;
             if !self.processes.contains_key(&pid) {
@@ -138,10 +133,7 @@ impl Home {
         }
         self.releasing = Some(done);
         for tid in self.tasks.keys() {
-            match ptrace::interrupt(*tid) {
-                Err(e) if !e.is_gone() => return Err(e).context("process to be released"),
-                _ => {}
-            }
+            unless_gone(ptrace::interrupt(*tid)).context("process to be released")?;
         }
         Ok(())
     }
@@ -155,7 +147,7 @@ impl Home {
             Stop::Fork(child) | Stop::Vfork(child) | Stop::Clone(child) => {
                 // It is a tracee from birth and must be let go, too.
                 let pid = self.tasks.get(&tid).map_or(child, |t| t.pid);
-                let owner = crate::home::tgid_of(child).unwrap_or(child);
+                let owner = shim::process::of_thread(child).unwrap_or(child);
                 let of = if owner == pid { pid } else { child };
                 self.tasks
                     .entry(child)
@@ -174,11 +166,10 @@ impl Home {
 }
 
 /// Why a process cannot be seized, for a person.
-fn refusal(pid: i32, status: &ThreadStatus, error: &ptrace::PtraceError) -> String {
-    if status.tracer != 0 {
+fn refusal(pid: i32, tracer: Option<i32>, error: &ptrace::PtraceError) -> String {
+    if let Some(tracer) = tracer {
         return format!(
-            "process {pid} has a tracer already (process {}): a debugger, strace, or the deputy of another job",
-            status.tracer
+            "process {pid} has a tracer already (process {tracer}): a debugger, strace, or the deputy of another job"
         );
     }
     format!(
@@ -213,36 +204,11 @@ fn tree_of(root: i32) -> Vec<i32> {
     tree
 }
 
-/// What /proc says of a thread.
-#[derive(Debug, Default)]
-struct ThreadStatus {
-    ended: bool,
-    tracer: i32,
-    /// It is in an uninterruptible wait.
-    waits: bool,
-}
-
-impl ThreadStatus {
-    fn read(pid: i32, tid: i32) -> ThreadStatus {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
-        let value = |name: &str| {
-            text.lines()
-                .find_map(|l| l.strip_prefix(name))
-                .unwrap_or("")
-                .trim()
-        };
-        let state = value("State:");
-        ThreadStatus {
-            ended: text.is_empty() || state.starts_with(['Z', 'X']),
-            tracer: value("TracerPid:").parse().unwrap_or(0),
-            waits: state.starts_with('D'),
-        }
-    }
-}
-
 /// Whether a thread waits for the child of a vfork that it made before it was seized.
 fn waits_in_vfork(pid: i32, tid: i32) -> bool {
-    if !ThreadStatus::read(pid, tid).waits {
+    // Uninterruptibly, which a thread in a stop of ours is not.
+    let status = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
+    if !status.lines().any(|l| l.starts_with("State:\tD")) {
         return false;
     }
     let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).unwrap_or_default();
@@ -282,12 +248,11 @@ mod tests {
         let pid = child.id() as i32;
         assert!(tree_of(me).contains(&pid));
         assert_eq!(tree_of(pid), [pid]);
-        let status = ThreadStatus::read(pid, pid);
-        assert!(!status.ended && status.tracer == 0);
+        assert!(!has_ended(pid) && tracer_of(pid).is_none());
         assert!(!waits_in_vfork(pid, pid));
         child.kill().expect("kill");
         child.wait().expect("wait");
-        assert!(ThreadStatus::read(pid, pid).ended);
+        assert!(has_ended(pid));
     }
 
     #[test]
@@ -295,11 +260,7 @@ mod tests {
         let Err(error) = ptrace::interrupt(1 << 29) else {
             panic!("there is no such thread")
         };
-        let status = ThreadStatus {
-            tracer: 77,
-            ..ThreadStatus::default()
-        };
-        assert!(refusal(5, &status, &error).contains("77"));
-        assert!(refusal(5, &ThreadStatus::default(), &error).contains("yama"));
+        assert!(refusal(5, Some(77), &error).contains("77"));
+        assert!(refusal(5, None, &error).contains("yama"));
     }
 }

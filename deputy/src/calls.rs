@@ -11,12 +11,13 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 use linklayer::image::SigInfo;
+use linklayer::quic::ReplyTo;
 use linklayer::syscall::{self, Blocking, CallView, Malformed, TerminalUse};
 use linklayer::wire;
 use parking_lot::{Mutex, MutexGuard};
 use shim::vessel::Slot;
 
-use crate::shared::{Command, ReplyTo, Shared};
+use crate::shared::{Command, Shared};
 use crate::terminal;
 
 /// A vessel thread, as the threads that feed it calls see it.

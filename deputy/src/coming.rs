@@ -6,13 +6,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use linklayer::frame::{Header, flags};
+use linklayer::frame::Header;
 use linklayer::pages::{self, Kept};
-use linklayer::quic::{Fingerprint, Handler, Link, LinkError, OneTimeKey};
+use linklayer::quic::{Fingerprint, Handler, Link, LinkError, OneTimeKey, Options, ReplyTo};
 use linklayer::wire::{self, Kind};
 use parking_lot::Mutex;
 
-use crate::road;
 use crate::shared::Shared;
 
 /// Most bytes of memory that are kept for one process.
@@ -50,7 +49,7 @@ pub fn connect(shared: &Arc<Shared>, request: &wire::Coming) -> Result<(), LinkE
         pid,
     });
     let peer = Fingerprint(request.place.fingerprint);
-    let link = Link::connect(request.place.addr, &key, peer, handler, road::options())?;
+    let link = Link::connect(request.place.addr, &key, peer, handler, Options::of_process())?;
     if let Some(early) = shared.coming.kept.lock().get_mut(&pid) {
         early.link = Some(link);
     }
@@ -97,16 +96,11 @@ impl OwnLink {
                     )
                 });
                 let (pages, present) = early.ok_or("nothing was announced")?;
-                let (shared, pid, link) = (self.shared.clone(), self.pid, link.clone());
+                let (shared, pid) = (self.shared.clone(), self.pid);
+                let link = link.clone();
+                let reply = ReplyTo { link, lane, header };
                 crate::contact::spawn("coming", move || {
-                    let errno = write_all(&shared, pid, pages, &present);
-                    let header = Header {
-                        flags: flags::REPLY,
-                        ..header
-                    };
-                    if let Err(e) = link.send(lane, header, &[&wire::encode(&errno)]) {
-                        tracing::debug!(error = %e, "answer not sent");
-                    }
+                    reply.errno(write_all(&shared, pid, pages, &present));
                 });
                 Ok(())
             }
@@ -115,17 +109,17 @@ impl OwnLink {
     }
 }
 
-fn write_all(shared: &Shared, pid: i32, mut pages: Kept, present: &[(u64, u64)]) -> wire::Errno {
+fn write_all(shared: &Shared, pid: i32, mut pages: Kept, present: &[(u64, u64)]) -> i32 {
     if pages.bytes() > 0 {
         pages.retain(present);
     }
     for (address, data) in pages.runs() {
         if let Err(why) = crate::contact::write_pages(shared, pid, address, data) {
             tracing::error!(pid, %why, "memory that came home");
-            return wire::Errno(libc::EIO);
+            return libc::EIO;
         }
     }
-    wire::Errno(0)
+    0
 }
 
 impl Handler for OwnLink {

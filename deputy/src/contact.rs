@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use linklayer::frame::Header;
-use linklayer::quic::{Handler, Link, LinkError};
+use linklayer::quic::{Handler, Link, LinkError, ReplyTo};
 use linklayer::wire::{self, Kind};
 
 use crate::calls;
-use crate::shared::{Command, ReplyTo, Shared};
+use crate::shared::{Command, Shared};
 
 /// The deputy's end of the contact to one node.
 pub struct Contact {

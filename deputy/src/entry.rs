@@ -27,8 +27,9 @@ impl Breakpoint {
     /// # Errors
     /// When its auxiliary vector names no entry point, or its memory cannot be written.
     pub fn set(pid: i32) -> anyhow::Result<Breakpoint> {
-        let auxv = std::fs::read(format!("/proc/{pid}/auxv")).context("auxiliary vector")?;
-        let address = entry_of(&auxv).context("no entry point in the auxiliary vector")?;
+        let address = shim::process::auxiliary(pid, AT_ENTRY)
+            .context("auxiliary vector")?
+            .context("no entry point in the auxiliary vector")?;
         let memory = memory(pid)?;
         let mut original = [0];
         memory
@@ -68,29 +69,4 @@ fn memory(pid: i32) -> anyhow::Result<File> {
         .write(true)
         .open(format!("/proc/{pid}/mem"))
         .context("memory of the process")
-}
-
-fn entry_of(auxv: &[u8]) -> Option<u64> {
-    auxv.chunks_exact(16).find_map(|pair| {
-        let key = u64::from_ne_bytes(pair[..8].try_into().ok()?);
-        let value = u64::from_ne_bytes(pair[8..].try_into().ok()?);
-        (key == AT_ENTRY).then_some(value)
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_entry_is_found_in_an_auxiliary_vector() {
-        let mut auxv = Vec::new();
-        for (key, value) in [(6u64, 4096u64), (AT_ENTRY, 0x40_1000), (0, 0)] {
-            auxv.extend(key.to_ne_bytes());
-            auxv.extend(value.to_ne_bytes());
-        }
-        assert_eq!(entry_of(&auxv), Some(0x40_1000));
-        assert_eq!(entry_of(&auxv[..16]), None);
-        assert!(std::fs::read("/proc/self/auxv").is_ok_and(|a| entry_of(&a).is_some()));
-    }
 }

@@ -100,8 +100,8 @@ impl Home {
     /// Serves the job until its last process has ended.
     ///
     /// # Errors
-    /// Those of poll(2) and waitpid(2), which leave the job without a deputy: its processes are then killed
-    /// (PTRACE_O_EXITKILL) where they are vessels, and run on where they are at home.
+    /// Those of poll(2) and waitpid(2), which leave the job without a deputy: its processes are then killed, but for those at home that
+    /// outlive it ([`Home::options`]).
     pub fn run(&mut self) -> anyhow::Result<()> {
         while !self.tasks.is_empty() {
             let mut fds = [
@@ -226,7 +226,7 @@ impl Home {
 
     /// A child or thread of a process at home: it is at home too.
     fn native_child(&mut self, parent: i32, child: i32) {
-        let owner = tgid_of(child).unwrap_or(child);
+        let owner = shim::process::of_thread(child).unwrap_or(child);
         if owner == parent {
             self.tasks.insert(child, Task::new(child, parent, Role::Native));
             if self.processes.get(&parent).is_some_and(|p| {
@@ -294,7 +294,6 @@ impl Home {
         }
     }
 
-    /// Takes a process out of the job.
     /// The threads of a process that have not ended. A leader that ended before the others is still there for the kernel, and
     /// never stops.
     pub(crate) fn living(&self, pid: i32) -> Vec<i32> {
@@ -306,6 +305,13 @@ impl Home {
             .collect()
     }
 
+    /// Asks all threads of a process to stop.
+    pub(crate) fn interrupt_threads(&self, pid: i32) -> anyhow::Result<()> {
+        let mut threads = self.tasks.values().filter(|t| t.pid == pid);
+        threads.try_for_each(|task| unless_gone(ptrace::interrupt(task.tid)))
+    }
+
+    /// Takes a process out of the job.
     pub(crate) fn forget(&mut self, pid: i32) {
         if let Some(mut process) = self.processes.remove(&pid) {
             for (pid, wish) in process.after_vfork.drain(..) {
@@ -395,13 +401,10 @@ impl Home {
     }
 }
 
-/// The process of a thread.
-pub(crate) fn tgid_of(tid: i32) -> Option<i32> {
-    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
-    status
-        .lines()
-        .find_map(|l| l.strip_prefix("Tgid:"))?
-        .trim()
-        .parse()
-        .ok()
+/// What was asked of a thread that may have been killed meanwhile.
+pub(crate) fn unless_gone(result: Result<(), ptrace::PtraceError>) -> anyhow::Result<()> {
+    match result {
+        Err(e) if !e.is_gone() => Err(e.into()),
+        _ => Ok(()),
+    }
 }

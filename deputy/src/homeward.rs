@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use linklayer::image::ProcessImage;
+use linklayer::quic::ReplyTo;
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Times};
 use nix::sys::signal::{Signal, kill};
@@ -16,11 +17,11 @@ use shim::ptrace::{Stop, Stopped};
 use shim::vessel::{Vessel, VesselError};
 
 use crate::calls::{self, Worker};
-use crate::home::Home;
+use crate::home::{Home, unless_gone};
 use crate::hop::Hop;
 use crate::kept::Kept;
 use crate::process::{Mode, Role, Task};
-use crate::shared::{Command, ReplyTo};
+use crate::shared::Command;
 
 impl Home {
     /// Its image is there: the vessel's layout is made equal to it. The guest is stopped and stays the live copy until
@@ -292,10 +293,7 @@ impl Home {
                     }
                     _ => stopped.cont(0),
                 };
-                match resumed {
-                    Err(e) if !e.is_gone() => Err(e.into()),
-                    _ => Ok(()),
-                }
+                unless_gone(resumed)
             }
         }
     }

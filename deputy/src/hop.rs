@@ -3,7 +3,7 @@
 //! The guest stands still at its node until home commits ([`Home::moved`]); until then whatever fails lets it go on there. The
 //! vessel has no part in it: its workers are idle.
 
-use linklayer::quic::Link;
+use linklayer::quic::{Link, ReplyTo};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, MoveReport, Phase, Place};
 
@@ -11,7 +11,7 @@ use crate::home::Home;
 use crate::outward::Wish;
 use crate::process::{Mode, send};
 use crate::road;
-use crate::shared::{Command, ReplyTo};
+use crate::shared::Command;
 
 /// A process that is to go from node to node.
 pub struct Hop {
@@ -148,34 +148,29 @@ impl Home {
         self.shared.homecoming.lock().remove(&pid);
         self.shared.objects.forget(pid);
         self.shared.coming.forget(pid);
+        let stays = format!(
+            "process {pid} stays at node {}: {}: {why}",
+            process.node(),
+            failed.phase
+        );
         let Some(hop) = process.hop.take() else {
-            let node = process.node();
             for waiter in process.waiters.drain(..) {
-                let _ = waiter.send(Err(format!(
-                    "process {pid} stays at node {node}: {}: {why}",
-                    failed.phase
-                )));
+                let _ = waiter.send(Err(stays.clone()));
             }
             if let Some(next) = process.next.take() {
-                next.fail(format!(
-                    "process {pid} stays at node {node}: {}: {why}",
-                    failed.phase
-                ));
+                next.fail(stays);
             }
             return Ok(());
         };
         if failed.phase != Phase::Reach {
-            let node = process.node();
-            let why = format!("process {pid} stays at node {node}: {}: {why}", failed.phase);
-            hop.fail(pid, why);
+            hop.fail(pid, stays);
             return Ok(());
         }
         if process.away().is_some_and(|away| away.frozen) {
-            let why = format!(
-                "process {pid} stays where it is: {}: {why}; it is stopped, so it does not go by way of home",
-                failed.phase
+            hop.fail(
+                pid,
+                format!("{stays}; it is stopped, so it does not go by way of home"),
             );
-            hop.fail(pid, why);
             return Ok(());
         }
         // The nodes do not reach each other, but home reaches both; and those who share memory come together there.

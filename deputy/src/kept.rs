@@ -5,12 +5,12 @@
 
 use crossbeam_channel::Sender;
 use linklayer::image::SigInfo;
+use linklayer::quic::ReplyTo;
 use linklayer::wire::{self, Kind};
 use shim::ptrace;
 
-use crate::home::Home;
+use crate::home::{Home, unless_gone};
 use crate::process::{Away, Mode, send};
-use crate::shared::ReplyTo;
 use crate::signals;
 
 /// Signals and stops of a guest that moves.
@@ -112,17 +112,11 @@ impl Home {
         } else if stop && changes {
             // One that is stopped by job control is held when that lets it go.
             for task in self.tasks.values().filter(|t| t.pid == pid && !t.group_stopped) {
-                match ptrace::interrupt(task.tid) {
-                    Err(e) if !e.is_gone() => return Err(e.into()),
-                    _ => {}
-                }
+                unless_gone(ptrace::interrupt(task.tid))?;
             }
         }
         for thread in standing {
-            match thread.cont(0) {
-                Err(e) if !e.is_gone() => return Err(e.into()),
-                _ => {}
-            }
+            unless_gone(thread.cont(0))?;
         }
         let _ = done.send(Ok(()));
         Ok(())

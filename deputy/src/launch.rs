@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Context;
 use linklayer::image::{Area, AreaKind, SigInfo};
 use linklayer::pages::Writer;
 use linklayer::quic::Link;
@@ -17,8 +16,8 @@ use shim::vessel::Vessel;
 use crate::entry::Breakpoint;
 use crate::home::Home;
 use crate::hop::Hop;
-use crate::outward::{Ready, Wish, release, stayed};
-use crate::process::{Away, Mode, Process, Role, Task, send};
+use crate::outward::{Ready, release, stayed};
+use crate::process::{Away, Mode, Role, Task, send};
 use crate::road::{Description, Road};
 use crate::shared::{Command, Shared};
 
@@ -146,7 +145,7 @@ impl Home {
         let (threads, described) = self.describe(pid, vec![stopped], false);
         match described {
             Ok((image, _)) if self.shares_memory(pid, &image) => {
-                let wish = process_wish(&mut self.processes, pid);
+                let wish = self.processes.get_mut(&pid).and_then(|p| p.departure.take());
                 return self.depart_together(pid, node, wish, threads);
             }
             Ok((image, files)) => {
@@ -279,11 +278,6 @@ impl Home {
     }
 }
 
-/// The move that a process at its entry point was asked to make.
-fn process_wish(processes: &mut HashMap<i32, Process>, pid: i32) -> Option<Wish> {
-    processes.get_mut(&pid)?.departure.take()
-}
-
 /// Whether a program that was just executed may be moved at all.
 fn movable(pid: i32, stopped: &Stopped) -> Result<(), StayReason> {
     let broken = |e: &dyn std::fmt::Display| StayReason::NoNode(e.to_string());
@@ -349,16 +343,12 @@ pub(crate) fn process_launch(shared: &Arc<Shared>, pid: i32, start: Start, mut d
 }
 
 fn transfer(mut ready: Ready, description: Description) -> anyhow::Result<Arrived> {
-    let all = shim::capture::all_runs(description.image.reached_by(), &description.image.areas)
-        .context("page map")?;
-    let (runs, present) = match &ready.tracker {
-        Some(tracker) => (tracker.round().context("page map")?, Some(all)),
-        None => (all, None),
-    };
-    ready.road.send_process(
-        description,
-        &runs,
-        present.as_deref(),
+    let tid = description.image.reached_by();
+    shim::capture::send_process(
+        ready.road.link(),
+        &description.into_launch(),
+        tid,
+        ready.tracker.as_ref(),
         &mut ready.writer,
         &mut ready.report,
     )?;

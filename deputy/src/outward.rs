@@ -3,6 +3,7 @@
 //! Until the guest stands ready the process is whole and only stopped, so whatever fails lets it go on at home. A large process
 //! is not stopped before most of its memory is there: its pages are sent while it runs, and those that change are sent again.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,8 +11,9 @@ use anyhow::Context;
 use crossbeam_channel::Sender;
 use linklayer::pages::Writer;
 use linklayer::stay::StayReason;
-use linklayer::wire::{self, MoveReport, Phase, Way};
-use shim::ptrace::{self, Stopped};
+use linklayer::wire::{self, Kind, MoveReport, Phase, Way};
+use shim::process::resident_bytes;
+use shim::ptrace::Stopped;
 use shim::track::Tracker;
 
 use crate::home::Home;
@@ -23,8 +25,6 @@ use crate::shared::{Command, Shared};
 /// How often, and how long apart, a process in such a wait is tried again.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
-/// From this size on a process runs while its memory is sent, when nobody says otherwise, bytes.
-const PRECOPY_BYTES: u64 = 64 << 20;
 
 /// How a move ended.
 pub type Outcome = Result<MoveReport, String>;
@@ -213,13 +213,7 @@ impl Home {
             leaving.stage = stage;
             leaving.since = Instant::now();
         }
-        for task in self.tasks.values().filter(|t| t.pid == pid) {
-            match ptrace::interrupt(task.tid) {
-                Err(e) if !e.is_gone() => return Err(e.into()),
-                _ => {}
-            }
-        }
-        Ok(())
+        self.interrupt_threads(pid)
     }
 
     /// A thread of a process at home has stopped because it was asked to.
@@ -367,11 +361,7 @@ impl Home {
 /// Opens the way to a node, and sends what memory can be sent while the process runs.
 fn make_ready(shared: &Arc<Shared>, pid: i32, node: u32, mode: wire::Mode) -> Result<Ready, String> {
     let size_bytes = resident_bytes(pid);
-    let wanted = match mode {
-        wire::Mode::Auto => size_bytes >= PRECOPY_BYTES,
-        wire::Mode::Freeze => false,
-        wire::Mode::Precopy => true,
-    };
+    let wanted = mode.wants_precopy(size_bytes);
     let mut ready = Ready {
         road: Road::open(shared, node, pid, if wanted { u64::MAX } else { size_bytes })?,
         tracker: None,
@@ -404,7 +394,7 @@ fn announce_files(shared: &Arc<Shared>, pid: i32, road: &Road) {
         }
     }
     let body = wire::encode(&wire::Prefetch { files: namer.files() });
-    if let Err(e) = road.send(pid, wire::Kind::Prefetch, &[&body]) {
+    if let Err(e) = road.link().tell(pid, pid, Kind::Prefetch, &[&body]) {
         tracing::debug!(pid, error = %e, "files not announced");
     }
 }
@@ -417,25 +407,13 @@ fn precopy(shared: &Arc<Shared>, pid: i32, ready: &mut Ready) -> Result<(), Stri
     let (done, tracked) = crossbeam_channel::bounded(1);
     shared.post(Command::Track(pid, done));
     let tracker = tracked.recv().map_err(|e| e.to_string())??;
-    let (road, writer) = (&ready.road, &mut ready.writer);
+    let link = ready.road.link();
     let rounds = tracker
         .precopy(
-            writer,
-            &mut |kind, parts| road.send(pid, kind, parts),
-            &mut |writer, rounds, left| {
-                let report = MoveReport {
-                    pages: writer.counts,
-                    rounds,
-                    mode: wire::Mode::Precopy,
-                    ..MoveReport::default()
-                };
-                let phase = Phase::Precopy;
-                let progress = wire::Progress {
-                    pid,
-                    phase,
-                    report,
-                    left,
-                };
+            pid,
+            &mut ready.writer,
+            &mut |kind, parts| link.tell(pid, pid, kind, parts).map_err(io::Error::other),
+            &mut |progress| {
                 shared.progress.lock().insert(pid, progress);
             },
         )
@@ -445,17 +423,6 @@ fn precopy(shared: &Arc<Shared>, pid: i32, ready: &mut Ready) -> Result<(), Stri
     ready.report.times.precopy_us = begun.elapsed().as_micros() as u64;
     ready.tracker = Some(tracker);
     Ok(())
-}
-
-/// What a process has in memory (proc_pid_statm(5)).
-pub fn resident_bytes(pid: i32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
-    let pages: u64 = text
-        .split_whitespace()
-        .nth(1)
-        .and_then(|f| f.parse().ok())
-        .unwrap_or(0);
-    pages * linklayer::image::PAGE
 }
 
 /// Lets threads go on.

@@ -5,13 +5,13 @@ use crate::hop::Hop;
 use crate::kept::Kept;
 use crate::outward::{Done, Leaving, Wish};
 use linklayer::image::SigAction;
-use linklayer::quic::Link;
+use linklayer::quic::{Link, ReplyTo};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind};
 use shim::ptrace::Stopped;
 use shim::vessel::Vessel;
 
-use crate::shared::{ProcessView, ReplyTo};
+use crate::shared::ProcessView;
 
 /// What a thread of the job is at home.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -317,14 +317,7 @@ impl Process {
 
 /// Sends a message about a process on the lane of its pid. A lost contact is noticed elsewhere.
 pub fn send(link: &Link, pid: i32, kind: Kind, body: &[u8]) {
-    let header = linklayer::frame::Header {
-        kind: kind as u16,
-        flags: 0,
-        tid: pid,
-        seq: link.next_seq(),
-        len: body.len() as u32,
-    };
-    if let Err(e) = link.send(pid as u32, header, &[body]) {
+    if let Err(e) = link.tell(pid, pid, kind, &[body]) {
         tracing::debug!(pid, ?kind, error = %e, "message not sent");
     }
 }

@@ -94,10 +94,6 @@ pub fn first(resent: &mut Vec<Resent>, info: SigInfo) -> SigInfo {
     at.map_or(info, |at| resent.swap_remove(at).info)
 }
 
-fn number(info: &SigInfo) -> i32 {
-    i32::from_ne_bytes([info.0[0], info.0[1], info.0[2], info.0[3]])
-}
-
 impl Home {
     /// An exec has failed: what was kept is sent.
     pub(crate) fn send_held(&mut self, pid: i32) {
@@ -122,7 +118,7 @@ impl Home {
             return;
         };
         for info in away.sent.for_new_program(pid, tid, request) {
-            let signal = number(&info);
+            let signal = info.signo();
             // The kernel takes negative codes as they are, but for this one.
             let queued = if info.code() < 0 && info.code() != libc::SI_TKILL {
                 info
@@ -211,7 +207,7 @@ mod tests {
         let got: Vec<i32> = sent
             .for_new_program(7, 7, &exec(1 << 9, 1))
             .iter()
-            .map(number)
+            .map(SigInfo::signo)
             .collect();
         assert_eq!(got, [10, 15, 1]);
     }
@@ -223,6 +219,6 @@ mod tests {
         assert!(sent.for_new_program(7, 7, &exec(0, 1)).is_empty());
         // Pending without being known: it sent it to itself.
         let own = sent.for_new_program(7, 7, &exec(1 << 4, 1));
-        assert_eq!(own.iter().map(number).collect::<Vec<_>>(), [5]);
+        assert_eq!(own.iter().map(SigInfo::signo).collect::<Vec<_>>(), [5]);
     }
 }

@@ -6,8 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
-use linklayer::frame::Header;
-use linklayer::quic::{Handler, Link};
+use linklayer::quic::{Handler, Link, ReplyTo};
 use linklayer::stay::StayReason;
 use linklayer::wire;
 use nix::sys::eventfd::EventFd;
@@ -27,35 +26,6 @@ pub trait Cluster: Send + Sync {
     fn choose(&self) -> Option<u32>;
     /// Opens a contact to a new supervisor of this job on a node. Blocks; the error is for people.
     fn contact(&self, node: u32, handler: Arc<dyn Handler>) -> Result<Link, String>;
-}
-
-/// Where an answer goes.
-#[derive(Clone)]
-pub struct ReplyTo {
-    /// The contact the request came by.
-    pub link: Link,
-    /// Its lane.
-    pub lane: u32,
-    /// Its header.
-    pub header: Header,
-}
-
-impl ReplyTo {
-    /// Sends the answer. A lost contact is noticed elsewhere.
-    pub fn send(&self, parts: &[&[u8]]) {
-        let header = Header {
-            flags: linklayer::frame::flags::REPLY,
-            ..self.header
-        };
-        if let Err(e) = self.link.send(self.lane, header, parts) {
-            tracing::debug!(error = %e, "answer not sent");
-        }
-    }
-
-    /// Sends an errno.
-    pub fn errno(&self, errno: i32) {
-        self.send(&[&wire::encode(&wire::Errno(errno))]);
-    }
 }
 
 /// What is asked of the tracer thread.

@@ -6,20 +6,19 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use anyhow::Context;
-use linklayer::frame::Header;
 use linklayer::image::{AreaKind, ProcessImage};
 use linklayer::pages::Writer;
 use linklayer::quic::Link;
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, MoveReport};
-use shim::capture::SharedObjects;
-use shim::ptrace::{self, Stopped};
+use shim::capture::{SharedObjects, send_process, shared_objects};
+use shim::ptrace::Stopped;
 use shim::vessel::Vessel;
 
 use crate::home::Home;
 use crate::outward::{Wish, release};
 use crate::process::{Mode, send};
-use crate::road::{self, Description};
+use crate::road::Description;
 use crate::shared::Command;
 
 /// Processes that are being stopped so as to leave home together.
@@ -168,13 +167,7 @@ impl Home {
         if let Some(group) = self.together.get_mut(&first) {
             group.members.insert(pid);
         }
-        for task in self.tasks.values().filter(|t| t.pid == pid) {
-            match ptrace::interrupt(task.tid) {
-                Err(e) if !e.is_gone() => return Err(e.into()),
-                _ => {}
-            }
-        }
-        Ok(())
+        self.interrupt_threads(pid)
     }
 
     /// Some processes at home, and all of the job who share memory with one of them.
@@ -408,16 +401,6 @@ impl Home {
     }
 }
 
-/// The anonymous memory that a process maps shared: device and inode.
-fn shared_objects(pid: i32) -> Vec<(u64, u64)> {
-    shim::capture::map_lines(pid, false)
-        .unwrap_or_default()
-        .into_iter()
-        .filter(|line| line.shares_memory())
-        .map(|line| (line.dev, line.ino))
-        .collect()
-}
-
 /// Says who shares memory with the group and does not belong to the job: a process that was there before the job, or that
 /// cannot be traced.
 fn strangers(members: &BTreeSet<i32>) -> Option<String> {
@@ -460,18 +443,14 @@ fn transfer(link: &Link, first: i32, members: Vec<Description>) -> anyhow::Resul
                 .map(|object| (object, shim::capture::reserves(&member.image, object.id)))
                 .collect(),
         };
-        let header = Header::new(Kind::Share as u16, pid, link.next_seq());
-        let (_, answer) = link.call(pid as u32, header, &[&wire::encode(&body)])?;
-        let wire::Errno(errno) = wire::decode(&answer)?;
-        let why = nix::errno::Errno::from_raw(errno).desc();
-        anyhow::ensure!(errno == 0, "shared memory there: {why}");
+        let answer = link.ask(pid, Kind::Share, &wire::encode(&body))?;
+        wire::done(&answer).context("shared memory there")?;
     }
     // In front of the first process on its lane, and so before any of them may run.
     objects
         .read(&mut |id, offset, data| {
-            let header = Header::new(Kind::SharedPages as u16, first, link.next_seq());
             let parts = [&id.to_le_bytes()[..], &offset.to_le_bytes(), data];
-            link.send(first as u32, header, &parts)
+            link.tell(first, first, Kind::SharedPages, &parts)
                 .map_err(std::io::Error::other)
         })
         .context("shared memory")?;
@@ -485,14 +464,13 @@ fn transfer(link: &Link, first: i32, members: Vec<Description>) -> anyhow::Resul
         sent.push(pid);
         member.leave_pending();
         let mut own = MoveReport::default();
-        let result = shim::capture::all_runs(member.image.reached_by(), &member.image.areas)
-            .context("page map")
-            .and_then(|runs| road::send_process(link, member, &runs, None, &mut Writer::default(), &mut own));
-        if let Err(e) = result {
+        let tid = member.image.reached_by();
+        let launch = member.into_launch();
+        if let Err(e) = send_process(link, &launch, tid, None, &mut Writer::default(), &mut own) {
             for pid in sent {
                 send(link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
             }
-            return Err(e.context(format!("process {pid}")));
+            return Err(e).context(format!("process {pid}"));
         }
         report.times += own.times;
         report.pages += own.pages;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use linklayer::image::{AreaKind, ProcessImage, SigAction, SigInfo};
+use linklayer::quic::ReplyTo;
 use linklayer::stay::StayReason;
 use linklayer::syscall::CallView;
 use linklayer::wire::{self, FileRef, Kind, MoveReport};
@@ -15,7 +16,6 @@ use crate::home::Home;
 use crate::launch::Namer;
 use crate::outward::Done;
 use crate::process::{Away, Cloning, Mode, Process, Role, Task, send};
-use crate::shared::ReplyTo;
 use crate::signals;
 
 /// A vessel, and the signals that were pending for single threads of its process.

@@ -3,6 +3,8 @@
 //! A program finds out once what its processor can do, and uses it from then on. So it can run only where all of that is
 //! there. Names are those of the flags of `/proc/cpuinfo` (arch/x86/include/asm/cpufeatures.h).
 
+use std::io::{BufRead, BufReader};
+
 /// Flags that stand for instructions that user code may execute. What is only faster, or only for kernels, is not here.
 const INSTRUCTIONS: [&str; 88] = [
     "3dnow",
@@ -107,8 +109,19 @@ pub const GLIBC_BASELINE: &str = "glibc.cpu.hwcaps=-ADX,-AES,-AVX,-AVX2,-AVX512B
 /// Most flags that a peer may name.
 pub const MAX_FLAGS: usize = 256;
 
+/// The instructions that this machine's programs may use; none when it does not tell. Only the first processor is read: the
+/// kernel takes time for each.
+pub fn here() -> Vec<String> {
+    let Ok(file) = std::fs::File::open("/proc/cpuinfo") else {
+        return Vec::new();
+    };
+    let mut lines = BufReader::new(file).lines().map_while(Result::ok);
+    let flags = lines.find(|l| l.starts_with("flags")).unwrap_or_default();
+    instructions(&flags)
+}
+
 /// The instructions that a machine's programs may use, from the text of its `/proc/cpuinfo`.
-pub fn instructions(cpuinfo: &str) -> Vec<String> {
+fn instructions(cpuinfo: &str) -> Vec<String> {
     let flags = cpuinfo
         .lines()
         .find_map(|l| l.strip_prefix("flags"))
@@ -162,8 +175,7 @@ mod tests {
 
     #[test]
     fn this_machine_has_what_all_have() {
-        let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let here = instructions(&text);
+        let here = here();
         assert!(
             ["sse2", "cx8"].iter().all(|f| here.iter().any(|h| h == f)),
             "{here:?}"

@@ -253,13 +253,35 @@ pub struct Hello {
     pub refuse_homeward: bool,
     /// Of a deputy: guests see home's CPUs.
     pub topology_of_home: bool,
-    /// Of a deputy: instructions that its programs may use ([`crate::cpu::instructions`]).
+    /// Of a deputy: instructions that its programs may use ([`crate::cpu::here`]).
     pub instructions: Vec<String>,
 }
 
 /// An errno, 0 for success.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct Errno(pub i32);
+
+/// A peer did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum NotDone {
+    /// Its answer makes no sense.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    /// It said why.
+    #[error("{}", nix::errno::Errno::from_raw(*.0).desc())]
+    Errno(i32),
+}
+
+/// Looks at an answer that is an [`Errno`].
+///
+/// # Errors
+/// It is not 0, or none.
+pub fn done(answer: &[u8]) -> Result<(), NotDone> {
+    match decode(answer)? {
+        Errno(0) => Ok(()),
+        Errno(errno) => Err(NotDone::Errno(errno)),
+    }
+}
 
 /// A process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]

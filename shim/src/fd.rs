@@ -23,13 +23,16 @@ pub fn of_process(pid: i32) -> io::Result<OwnedFd> {
 /// # Errors
 /// ESRCH: no such process; EBADF: no such descriptor there; EPERM.
 pub fn get_from(pid: i32, fd: i32) -> io::Result<OwnedFd> {
-    let pidfd = of_process(pid)?;
+    take(&of_process(pid)?, fd)
+}
+
+fn take(pidfd: &OwnedFd, fd: i32) -> io::Result<OwnedFd> {
     // SAFETY: no pointers.
     let got = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
     if got < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: as above.
+    // SAFETY: the kernel just gave us this descriptor and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(got as i32) })
 }
 
@@ -47,14 +50,7 @@ pub fn get_from_thread(tid: i32, fd: i32) -> io::Result<OwnedFd> {
         return get_from(leader, fd);
     }
     // SAFETY: the kernel just gave us this descriptor and nobody else knows it.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as i32) };
-    // SAFETY: no pointers.
-    let got = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
-    if got < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: as above.
-    Ok(unsafe { OwnedFd::from_raw_fd(got as i32) })
+    take(&unsafe { OwnedFd::from_raw_fd(pidfd as i32) }, fd)
 }
 
 /// Takes and gives back a read lease on a file (fcntl(2) F_SETLEASE), which tells whether anybody has it open for

@@ -132,12 +132,7 @@ const CODE: [u8; 21] = [
 fn as_executed(pid: i32, memory: &ProcessMemory) -> Option<u64> {
     /// AT_EXECFN of getauxval(3).
     const AT_EXECFN: u64 = 31;
-    let auxv = std::fs::read(format!("/proc/{pid}/auxv")).ok()?;
-    let address = auxv.chunks_exact(16).find_map(|pair| {
-        let key = u64::from_ne_bytes(pair[..8].try_into().ok()?);
-        let value = u64::from_ne_bytes(pair[8..].try_into().ok()?);
-        (key == AT_EXECFN).then_some(value)
-    })?;
+    let address = crate::process::auxiliary(pid, AT_EXECFN).ok()??;
     // It is the last thing on the stack, so there may be less than a longest path behind it.
     let mut path = Vec::new();
     while !path.contains(&0) {

@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::RawFd;
 
+use linklayer::image::PAGE;
+
 /// Runs `work` in a grandchild that belongs to nobody: a session of its own, re-parented at once, without controlling
 /// terminal. The caller stays what it was (no child to wait for is left behind).
 ///
@@ -135,15 +137,44 @@ pub fn limit(pid: i32, resource: u32) -> io::Result<(u64, u64)> {
     Ok((old.rlim_cur, old.rlim_max))
 }
 
+/// A number in the status of a thread (proc_pid_status(5)); `name` ends with a colon.
+fn status_number(tid: i32, name: &str) -> Option<i32> {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix(name))?;
+    line.trim().parse().ok()
+}
+
 /// The process of a thread.
 pub fn of_thread(tid: i32) -> Option<i32> {
-    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
-    status
-        .lines()
-        .find_map(|l| l.strip_prefix("Tgid:"))?
-        .trim()
-        .parse()
-        .ok()
+    status_number(tid, "Tgid:")
+}
+
+/// Who traces a thread; `None` when nobody does, or it is gone.
+pub fn tracer_of(tid: i32) -> Option<i32> {
+    status_number(tid, "TracerPid:").filter(|tracer| *tracer != 0)
+}
+
+/// What a process has in memory, bytes (proc_pid_statm(5)); 0 when it is gone.
+pub fn resident_bytes(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+    let pages = text.split_whitespace().nth(1).and_then(|f| f.parse::<u64>().ok());
+    pages.unwrap_or(0) * PAGE
+}
+
+/// A value of a process's auxiliary vector (getauxval(3)).
+///
+/// # Errors
+/// The process is gone, or may not be read.
+pub fn auxiliary(pid: i32, key: u64) -> io::Result<Option<u64>> {
+    Ok(auxiliary_in(&std::fs::read(format!("/proc/{pid}/auxv"))?, key))
+}
+
+fn auxiliary_in(auxv: &[u8], wanted: u64) -> Option<u64> {
+    auxv.chunks_exact(16).find_map(|pair| {
+        let key = u64::from_ne_bytes(pair[..8].try_into().ok()?);
+        let value = u64::from_ne_bytes(pair[8..].try_into().ok()?);
+        (key == wanted).then_some(value)
+    })
 }
 
 /// Whether a thread has ended, also when its process goes on without it (a leader stays as a zombie).
@@ -163,5 +194,31 @@ pub fn same_memory(one: i32, other: i32) -> Option<bool> {
         0 => Some(true),
         1..=3 => Some(false),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_found_in_an_auxiliary_vector() {
+        const AT_ENTRY: u64 = 9;
+        let mut auxv = Vec::new();
+        for (key, value) in [(6u64, 4096u64), (AT_ENTRY, 0x40_1000), (0, 0)] {
+            auxv.extend(key.to_ne_bytes());
+            auxv.extend(value.to_ne_bytes());
+        }
+        assert_eq!(auxiliary_in(&auxv, AT_ENTRY), Some(0x40_1000));
+        assert_eq!(auxiliary_in(&auxv[..16], AT_ENTRY), None);
+        let own = auxiliary(std::process::id() as i32, AT_ENTRY);
+        assert!(own.is_ok_and(|entry| entry.is_some()));
+    }
+
+    #[test]
+    fn a_process_is_its_own_and_nobody_traces_it() {
+        let pid = std::process::id() as i32;
+        assert_eq!((of_thread(pid), tracer_of(pid)), (Some(pid), None));
+        assert!(resident_bytes(pid) > 0 && !has_ended(pid));
     }
 }

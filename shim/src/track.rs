@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use linklayer::image::{PAGE, RESERVED};
 use linklayer::pages::Writer;
-use linklayer::wire::Kind;
+use linklayer::wire::{Kind, Mode, MoveReport, Phase, Progress};
 
 use crate::capture::{
     CaptureError, Found, MapLine, map_lines, page_runs_of, scan_written, vdso_site, write_running,
@@ -102,23 +102,34 @@ impl Tracker {
         Ok(runs)
     }
 
-    /// Sends the memory of the process while it runs, again and again what has changed, until little changes or it does not get
-    /// less. `tell` hears after each round how many there were, and how many pages the last one had. Gives the number of rounds.
+    /// Sends the memory of the process, which home knows as `process`, while it runs, again and again what has changed, until little changes or it does not get
+    /// less. `tell` hears after each round how far it is. Gives the number of rounds.
     ///
     /// # Errors
     /// The process is gone, or `sink`'s.
     pub fn precopy(
         &self,
+        process: i32,
         writer: &mut Writer,
         sink: &mut impl FnMut(Kind, &[&[u8]]) -> io::Result<()>,
-        tell: &mut dyn FnMut(&Writer, u32, u64),
+        tell: &mut dyn FnMut(Progress),
     ) -> io::Result<u32> {
         let mut before = u64::MAX;
         for round in 1..=MOST_ROUNDS {
             let runs = self.round()?;
             let pages = runs.iter().map(|r| (r.end - r.start) / PAGE).sum::<u64>();
             write_running(self.pid, &runs, writer, sink)?;
-            tell(writer, round, pages);
+            tell(Progress {
+                pid: process,
+                phase: Phase::Precopy,
+                report: MoveReport {
+                    pages: writer.counts,
+                    rounds: round,
+                    mode: Mode::Precopy,
+                    ..MoveReport::default()
+                },
+                left: pages,
+            });
             if pages <= FEW_PAGES || pages > before / 4 * 3 {
                 return Ok(round);
             }

@@ -12,7 +12,7 @@
 //! - `socket`: the UDP sockets; `spin`: when waiting on the CPU pays.
 //! - `conn`: one QUIC connection and its streams; `control`: what links tell each other.
 //! - `core`: all the connections of a link, its session and its timers, without I/O; `transport`: how QUIC is set up.
-//! - `lead`: threads; `link`, `listen`: what users see.
+//! - `lead`: threads; `link`, `listen`, `reply`: what users see.
 
 mod conn;
 mod control;
@@ -21,6 +21,7 @@ mod keys;
 mod lead;
 mod link;
 mod listen;
+mod reply;
 mod socket;
 mod spin;
 mod transport;
@@ -34,6 +35,7 @@ use thiserror::Error;
 pub use self::keys::{Fingerprint, OneTimeKey};
 pub use self::link::{Handler, Link};
 pub use self::listen::LinkListener;
+pub use self::reply::{ReplyTo, SendOnly};
 use crate::frame::MAX_PAYLOAD;
 use crate::session::SessionError;
 
@@ -188,6 +190,15 @@ impl Options {
             spin: Duration::ZERO,
             thread_name: "bulk".to_owned(),
             ..Self::default()
+        }
+    }
+
+    /// For the link of one process that moves. While its pages are on their way it stands still, so a silent peer is not waited
+    /// for as long as on a contact.
+    pub fn of_process() -> Self {
+        Self {
+            give_up_after: Duration::from_secs(10),
+            ..Self::bulk()
         }
     }
 }

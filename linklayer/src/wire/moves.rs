@@ -51,6 +51,22 @@ pub enum Mode {
     Precopy,
 }
 
+/// A process with more memory than this gets a link of its own, bytes.
+pub const LARGE_BYTES: u64 = 4 << 20;
+/// From this size on a process runs while its memory is sent, when nobody says otherwise, bytes.
+const PRECOPY_BYTES: u64 = 64 << 20;
+
+impl Mode {
+    /// Whether a process with so much memory is to run while that is sent.
+    pub fn wants_precopy(self, size_bytes: u64) -> bool {
+        match self {
+            Mode::Auto => size_bytes >= PRECOPY_BYTES,
+            Mode::Freeze => false,
+            Mode::Precopy => true,
+        }
+    }
+}
+
 /// How a process got to its place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use linklayer::wire::{Mode, MoveReport, Progress};
 use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
+use shim::process::tracer_of;
 
 use super::{JobAnswer, JobInfo, JobRequest};
 use crate::codec::{self, CodecError, MAX_MESSAGE};
@@ -107,7 +108,8 @@ pub fn list(path: &Path) -> Result<JobInfo, JobError> {
                 uid: peer.uid(),
             });
         }
-        job.processes.retain(|p| traced_by(p.pid) == Some(job.deputy_pid));
+        job.processes
+            .retain(|p| tracer_of(p.pid as i32) == Some(job.deputy_pid as i32));
     }
     Ok(job)
 }
@@ -150,17 +152,6 @@ pub fn release(path: &Path) -> Result<(), JobError> {
         JobAnswer::Done => Ok(()),
         _ => Err(JobError::OutOfTurn),
     }
-}
-
-/// The process that traces this one (proc_pid_status(5)).
-fn traced_by(pid: u32) -> Option<u32> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status
-        .lines()
-        .find_map(|l| l.strip_prefix("TracerPid:"))?
-        .trim()
-        .parse()
-        .ok()
 }
 
 /// The rundirs whose jobs the caller may see: its own; for root also those of all users, wherever they are.

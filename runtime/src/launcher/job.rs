@@ -198,7 +198,7 @@ fn attach(args: &Args, program: i32) -> anyhow::Result<Attached> {
         key: OneTimeKey::generate()?,
         refuse_homeward: args.error,
         topology_of_home: args.topology == Topology::Home,
-        instructions: instructions(args.cpu),
+        cpu: args.cpu,
         state: Mutex::new(Known {
             nodes,
             at: Instant::now(),
@@ -245,7 +245,7 @@ pub(super) fn adopt(pid: i32) -> anyhow::Result<(Ready, Vec<deputy::LeftOut>)> {
         key: OneTimeKey::generate()?,
         refuse_homeward: false,
         topology_of_home: false,
-        instructions: instructions(Cpu::Home),
+        cpu: Cpu::Home,
         state: Mutex::new(Known {
             nodes,
             at: Instant::now(),
@@ -270,10 +270,9 @@ fn stays_here(args: &Args, why: &dyn std::fmt::Display) -> Attached {
 
 /// What programs that are started here may execute.
 fn instructions(which: Cpu) -> Vec<String> {
-    let here = cpu::instructions(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
     match which {
-        Cpu::Home => here,
-        Cpu::Baseline => cpu::baseline(&here),
+        Cpu::Home => cpu::here(),
+        Cpu::Baseline => cpu::baseline(&cpu::here()),
     }
 }
 
@@ -295,7 +294,7 @@ struct Placer {
     /// --topology=home.
     topology_of_home: bool,
     /// What its programs may execute.
-    instructions: Vec<String>,
+    cpu: Cpu,
     state: Mutex<Known>,
 }
 
@@ -344,7 +343,7 @@ impl Cluster for Placer {
                 node: self.home,
                 refuse_homeward: self.refuse_homeward,
                 topology_of_home: self.topology_of_home,
-                instructions: self.instructions.clone(),
+                instructions: instructions(self.cpu),
             });
             link.send(0, Header::new(Kind::Hello as u16, 0, link.next_seq()), &[&hello])?;
             Ok(link)

@@ -10,19 +10,17 @@ use std::time::{Duration, Instant};
 
 use linklayer::frame::Header;
 use linklayer::pages::{self, Kept};
-use linklayer::quic::{Fingerprint, Handler, Link, LinkError, LinkListener, OneTimeKey, Options};
+use linklayer::quic::{Fingerprint, Handler, Link, LinkError, LinkListener, OneTimeKey, Options, ReplyTo};
 use linklayer::wire::{self, Kind, Listening, Place};
 use parking_lot::Mutex;
 
 use super::contact::Build;
-use super::shared::{Answer, Command, Shared};
+use super::shared::{Command, Shared};
 
 /// Most bytes of pages that may wait for one process that is being built.
 const MAX_PAGES_BYTES: usize = 8 << 30;
 /// How long somebody may take from being told of the link to its first packet.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long the link of a process may be silent.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// Most processes that may come at a time.
 const MAX_LINKS: usize = 256;
 
@@ -36,14 +34,6 @@ pub fn bind(shared: &Shared) -> Result<(LinkListener, Place), LinkError> {
     let listener = LinkListener::bind(SocketAddr::new(shared.listen, 0), key)?;
     let addr = listener.local_addr();
     Ok((listener, Place { addr, fingerprint }))
-}
-
-/// Options of a link for one process.
-pub fn options() -> Options {
-    Options {
-        give_up_after: PATIENCE,
-        ..Options::bulk()
-    }
 }
 
 /// A process that is not complete yet.
@@ -100,12 +90,11 @@ impl Arrivals {
     pub fn frame(
         &self,
         shared: &Arc<Shared>,
-        link: &Link,
-        (lane, header): (u32, Header),
+        answer: ReplyTo,
         kind: Kind,
         payload: &[u8],
     ) -> Result<(), String> {
-        let pid = header.tid;
+        let pid = answer.header.tid;
         let mut all = self.on_contact.lock();
         if kind == Kind::Launch {
             all.insert(pid, Arriving::default());
@@ -118,11 +107,6 @@ impl Arrivals {
         }
         let arriving = all.remove(&pid).unwrap_or_default();
         drop(all);
-        let answer = Answer {
-            link: link.clone(),
-            lane,
-            header,
-        };
         prepare(shared, arriving, answer)
     }
 
@@ -152,7 +136,7 @@ impl Arrivals {
                 arriving: Mutex::default(),
             });
             let peer = Fingerprint(request.peer);
-            match listener.accept(peer, own, ACCEPT_TIMEOUT, options()) {
+            match listener.accept(peer, own, ACCEPT_TIMEOUT, Options::of_process()) {
                 Ok(link) => {
                     shared.arrivals.links.lock().insert(pid, link);
                 }
@@ -185,7 +169,7 @@ impl Handler for OwnLink {
                 return Ok(());
             }
             let arriving = std::mem::take(&mut *arriving);
-            let answer = Answer {
+            let answer = ReplyTo {
                 link: link.clone(),
                 lane,
                 header,
@@ -225,7 +209,7 @@ fn prefetch(shared: &Arc<Shared>, payload: &[u8]) -> Result<(), String> {
 }
 
 /// Fetches what is missing of the files, off the thread that delivers frames, and hands the whole to the tracer.
-fn prepare(shared: &Arc<Shared>, arriving: Arriving, answer: Answer) -> Result<(), String> {
+fn prepare(shared: &Arc<Shared>, arriving: Arriving, answer: ReplyTo) -> Result<(), String> {
     let Arriving {
         launch,
         mut pages,
@@ -250,10 +234,10 @@ fn prepare(shared: &Arc<Shared>, arriving: Arriving, answer: Answer) -> Result<(
                     answer,
                 })));
             }
-            Err(refused) => answer.send(&wire::encode(&wire::LaunchReady {
-                refused,
-                restore_us: 0,
-            })),
+            Err(refused) => {
+                let restore_us = 0;
+                answer.send(&[&wire::encode(&wire::LaunchReady { refused, restore_us })]);
+            }
         }
     });
     Ok(())

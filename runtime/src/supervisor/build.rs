@@ -37,10 +37,10 @@ impl Tracer {
             }
         };
         self.shared.objects.forget(pid);
-        answer.send(&wire::encode(&wire::LaunchReady {
+        answer.send(&[&wire::encode(&wire::LaunchReady {
             refused,
             restore_us: begun.elapsed().as_micros() as u64,
-        }));
+        })]);
         Ok(())
     }
 

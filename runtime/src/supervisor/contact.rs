@@ -9,11 +9,11 @@ use linklayer::cpu;
 use linklayer::frame::Header;
 use linklayer::image::Clocks;
 use linklayer::pages::Kept;
-use linklayer::quic::{Handler, Link, LinkError};
+use linklayer::quic::{Handler, Link, LinkError, ReplyTo};
 use linklayer::wire::{self, Kind};
 
 use super::files::Stored;
-use super::shared::{Answer, Command, Shared};
+use super::shared::{Command, Shared};
 
 /// Everything needed to build a guest.
 pub struct Build {
@@ -28,7 +28,7 @@ pub struct Build {
     /// When everything had come.
     pub begun: Instant,
     /// Where to say how it went.
-    pub answer: Answer,
+    pub answer: ReplyTo,
 }
 
 /// The supervisor's end of the contact.
@@ -48,30 +48,23 @@ impl Contact {
         }
         let kind = Kind::from_u16(header.kind).ok_or_else(|| format!("unknown kind {}", header.kind))?;
         let shared = &self.shared;
+        let answer = ReplyTo {
+            link: link.clone(),
+            lane,
+            header,
+        };
         match kind {
             Kind::Launch | Kind::Pages | Kind::PackedPages | Kind::Present | Kind::LaunchBuild => {
-                shared
-                    .arrivals
-                    .frame(shared, link, (lane, header), kind, &payload)?;
+                shared.arrivals.frame(shared, answer, kind, &payload)?;
             }
             Kind::Listen => {
                 let listening = shared.arrivals.listen(shared, body(&payload)?);
-                let answer = Answer {
-                    link: link.clone(),
-                    lane,
-                    header,
-                };
-                answer.send(&wire::encode(&listening));
+                answer.send(&[&wire::encode(&listening)]);
             }
             Kind::Share => {
                 let share: wire::Share = body(&payload)?;
                 let errno = share_objects(shared, &share);
-                let answer = Answer {
-                    link: link.clone(),
-                    lane,
-                    header,
-                };
-                answer.send(&wire::encode(&errno));
+                answer.errno(errno);
             }
             Kind::SharedPages => {
                 let (id, offset, data) = wire::shared_pages(&payload).map_err(|e| e.to_string())?;
@@ -86,12 +79,7 @@ impl Contact {
             }
             Kind::WouldStop => {
                 let would = wire::WouldStop(shared.would_stop(&body(&payload)?));
-                let answer = Answer {
-                    link: link.clone(),
-                    lane,
-                    header,
-                };
-                answer.send(&wire::encode(&would));
+                answer.send(&[&wire::encode(&would)]);
             }
             Kind::Freeze => {
                 let pid = body::<wire::Pid>(&payload)?.0;
@@ -123,8 +111,7 @@ impl Contact {
                 if hello.instructions.len() > cpu::MAX_FLAGS {
                     return Err("more instruction sets than there are".into());
                 }
-                let here = cpu::instructions(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
-                let lacks = cpu::missing(&hello.instructions, &here).join(", ");
+                let lacks = cpu::missing(&hello.instructions, &cpu::here()).join(", ");
                 let _ = shared.lacks.set(lacks);
                 shared
                     .refuse_homeward
@@ -138,7 +125,7 @@ impl Contact {
 }
 
 /// Makes the memory that a process will share.
-fn share_objects(shared: &Shared, share: &wire::Share) -> wire::Errno {
+fn share_objects(shared: &Shared, share: &wire::Share) -> i32 {
     for (object, reserved) in &share.objects {
         if let Err(e) = shared
             .objects
@@ -146,10 +133,10 @@ fn share_objects(shared: &Shared, share: &wire::Share) -> wire::Errno {
         {
             tracing::error!(pid = share.pid, error = %e, "shared memory");
             shared.objects.forget(share.pid);
-            return wire::Errno(e.raw_os_error().unwrap_or(libc::EPROTO));
+            return e.raw_os_error().unwrap_or(libc::EPROTO);
         }
     }
-    wire::Errno(0)
+    0
 }
 
 impl Handler for Contact {

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use linklayer::frame::Header;
 use linklayer::image::{AreaKind, ProcessImage};
 use linklayer::pages::Writer;
-use linklayer::quic::{Fingerprint, Handler, Link, LinkError, OneTimeKey};
+use linklayer::quic::{Fingerprint, Link, LinkError, OneTimeKey, Options, SendOnly};
 use linklayer::stay::StayReason;
-use linklayer::wire::{self, Kind, Mode, MoveReport, MoveTo, Phase};
+use linklayer::wire::{self, Kind, LARGE_BYTES, Mode, MoveReport, MoveTo, Phase};
+use shim::capture::{SendError, send_process, shared_objects};
+use shim::process::resident_bytes;
 use shim::track::Tracker;
 
 use super::arrivals;
@@ -19,10 +20,6 @@ use super::guest::Guest;
 use super::shared::{Command, Shared};
 use super::tracer::{Hold, Tracer};
 
-/// From this size on a guest runs while its memory is sent, when nobody says otherwise, bytes.
-const PRECOPY_BYTES: u64 = 64 << 20;
-/// A guest with more memory than this gets a link of its own to go home, bytes.
-const LARGE_BYTES: u64 = 4 << 20;
 /// How long home may take from being told of the link to its first packet.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -36,23 +33,6 @@ pub(super) struct Departure {
     writer: Writer,
     report: MoveReport,
     since: Instant,
-}
-
-/// A link that only sends, and gets answers.
-struct Mute;
-
-impl Handler for Mute {
-    fn frame(&self, link: &Link, _lane: u32, header: Header, _payload: Vec<u8>) {
-        tracing::error!(
-            kind = header.kind,
-            "a frame that nobody asked for on the link of a process"
-        );
-        link.close();
-    }
-
-    fn lost(&self, why: &LinkError) {
-        tracing::debug!(error = %why, "link of a process");
-    }
 }
 
 /// Why a guest does not leave.
@@ -103,11 +83,17 @@ fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure
     };
     let key = OneTimeKey::from_bytes(&order.key).map_err(reach)?;
     let peer = Fingerprint(order.place.fingerprint);
-    let link =
-        Link::connect(order.place.addr, &key, peer, Arc::new(Mute), arrivals::options()).map_err(reach)?;
+    let link = Link::connect(
+        order.place.addr,
+        &key,
+        peer,
+        Arc::new(SendOnly),
+        Options::of_process(),
+    )
+    .map_err(reach)?;
     let mut departure = Departure::new(pid, None, link);
     announce_files(shared, &guest, &departure);
-    if wants_precopy(order.mode, super::usage::resident_bytes(guest.memory.pid()))
+    if order.mode.wants_precopy(resident_bytes(guest.memory.pid()))
         && let Err(why) = precopy(shared, &mut departure)
     {
         departure.not_while_it_ran(&why);
@@ -140,16 +126,11 @@ fn announce_files(shared: &Shared, guest: &Guest, departure: &Departure) {
         .filter_map(|id| shared.files.known(id))
         .collect();
     let body = wire::encode(&wire::Prefetch { files });
-    if let Err(e) = send(&departure.link, departure.pid, Kind::Prefetch, &[&body]) {
+    if let Err(e) = departure
+        .link
+        .tell(departure.pid, departure.pid, Kind::Prefetch, &[&body])
+    {
         tracing::debug!(error = %e, "files not announced");
-    }
-}
-
-fn wants_precopy(mode: Mode, size_bytes: u64) -> bool {
-    match mode {
-        Mode::Auto => size_bytes >= PRECOPY_BYTES,
-        Mode::Freeze => false,
-        Mode::Precopy => true,
     }
 }
 
@@ -158,7 +139,7 @@ fn wants_precopy(mode: Mode, size_bytes: u64) -> bool {
 pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
     let wire::Bring { pid, reason, mode } = bring;
     let guest = shared.guests.read().get(&pid).cloned();
-    let size_bytes = guest.map_or(0, |g| super::usage::resident_bytes(g.memory.pid()));
+    let size_bytes = guest.map_or(0, |g| resident_bytes(g.memory.pid()));
     if size_bytes <= LARGE_BYTES && mode != Mode::Precopy {
         shared.post(Command::GoHome(pid, reason));
         return;
@@ -168,7 +149,7 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
     starter.start("departure", move || match link_to_home(&shared, pid) {
         Ok(link) => {
             let mut departure = Departure::new(pid, Some(reason), link);
-            if wants_precopy(mode, size_bytes)
+            if mode.wants_precopy(size_bytes)
                 && let Err(why) = precopy(&shared, &mut departure)
             {
                 departure.not_while_it_ran(&why);
@@ -195,12 +176,10 @@ fn link_to_home(shared: &Arc<Shared>, pid: i32) -> anyhow::Result<Link> {
     let (say, said) = crossbeam_channel::bounded(1);
     let peer = key.fingerprint();
     shared.starter.start("accept", move || {
-        let _ = say.send(listener.accept(peer, Arc::new(Mute), ACCEPT_TIMEOUT, arrivals::options()));
+        let _ = say.send(listener.accept(peer, Arc::new(SendOnly), ACCEPT_TIMEOUT, Options::of_process()));
     });
     let answer = shared.ask(pid, pid, Kind::Coming, &wire::encode(&request))?;
-    let wire::Errno(errno) = wire::decode(&answer)?;
-    let why = nix::errno::Errno::from_raw(errno).desc();
-    anyhow::ensure!(errno == 0, "home: {why}");
+    wire::done(&answer).context("home")?;
     Ok(said.recv()??)
 }
 
@@ -241,17 +220,10 @@ fn precopy(shared: &Arc<Shared>, departure: &mut Departure) -> Result<(), String
     let link = &departure.link;
     let rounds = tracker
         .precopy(
+            pid,
             &mut departure.writer,
-            &mut |kind, parts| send(link, pid, kind, parts),
-            &mut |writer, rounds, left| {
-                let report = MoveReport {
-                    pages: writer.counts,
-                    rounds,
-                    mode: Mode::Precopy,
-                    ..MoveReport::default()
-                };
-                tell_progress(shared, pid, pid, Phase::Precopy, report, left);
-            },
+            &mut |kind, parts| link.tell(pid, pid, kind, parts).map_err(io::Error::other),
+            &mut |progress| tell_progress(shared, pid, &progress),
         )
         .map_err(|e| e.to_string())?;
     departure.report.rounds = rounds;
@@ -262,26 +234,8 @@ fn precopy(shared: &Arc<Shared>, departure: &mut Departure) -> Result<(), String
 }
 
 /// Tells home how far a move has got.
-pub(super) fn tell_progress(
-    shared: &Shared,
-    pid: i32,
-    lane: i32,
-    phase: Phase,
-    report: MoveReport,
-    left: u64,
-) {
-    let progress = wire::Progress {
-        pid,
-        phase,
-        report,
-        left,
-    };
-    shared.tell(lane, Kind::Progress, &wire::encode(&progress));
-}
-
-pub(super) fn send(link: &Link, pid: i32, kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
-    let header = Header::new(kind as u16, pid, link.next_seq());
-    link.send(pid as u32, header, parts).map_err(io::Error::other)
+pub(super) fn tell_progress(shared: &Shared, lane: i32, progress: &wire::Progress) {
+    shared.tell(lane, Kind::Progress, &wire::encode(progress));
 }
 
 impl Tracer {
@@ -348,7 +302,7 @@ impl Tracer {
         };
         departure.report.times.seize_us = departure.since.elapsed().as_micros() as u64;
         if !self.relatives(std::slice::from_ref(guest)).is_empty()
-            || !super::homeward::shared_objects(guest).is_empty()
+            || !shared_objects(guest.memory.pid()).is_empty()
         {
             // Those who share memory move together, which is home's business.
             let why = "it shares memory".to_string();
@@ -362,7 +316,7 @@ impl Tracer {
         departure.report.times.dump_us = begun.elapsed().as_micros() as u64;
         let (shared, guest) = (self.shared.clone(), guest.clone());
         self.shared.starter.start("departure", move || {
-            let result = transfer(&shared, guest.memory.pid(), launch, &mut departure);
+            let result = transfer(&shared, guest.memory.pid(), &launch, &mut departure);
             shared.post(Command::Departed(pid, guest.outer, result));
             departure.link.close();
         });
@@ -416,53 +370,33 @@ impl Tracer {
     }
 }
 
+/// Builds the guest at the other node and has home decide.
 fn transfer(
     shared: &Shared,
     reached_by: i32,
-    launch: wire::Launch,
+    launch: &wire::Launch,
     departure: &mut Departure,
 ) -> Result<(), Failure> {
     let pid = departure.pid;
-    let link = &departure.link;
-    let report = &mut departure.report;
-    let sending = |e: io::Error| Failure::new(Phase::Transfer, e);
-    let begun = Instant::now();
-    let all = shim::capture::all_runs(reached_by, &launch.image.areas).map_err(sending)?;
-    send(link, pid, Kind::Launch, &[&wire::encode(&launch)]).map_err(sending)?;
-    let runs = match &departure.tracker {
-        Some(tracker) => tracker.round().map_err(sending)?,
-        None => all.clone(),
-    };
-    let mut sink = |kind: Kind, parts: &[&[u8]]| send(link, pid, kind, parts);
-    shim::capture::write_pages(reached_by, &runs, &mut departure.writer, &mut sink).map_err(sending)?;
-    if departure.tracker.is_some() {
-        wire::present(&all, &mut |body| send(link, pid, Kind::Present, &[body])).map_err(sending)?;
-    }
-    report.pages = departure.writer.counts;
-    report.times.pages_us = begun.elapsed().as_micros() as u64;
-    let asked = Instant::now();
-    let header = Header::new(Kind::LaunchBuild as u16, pid, link.next_seq());
-    let (_, answer) = link
-        .call(pid as u32, header, &[&wire::encode(&wire::Pid(pid))])
-        .map_err(|e| Failure::new(Phase::Transfer, e))?;
-    let ready: wire::LaunchReady = wire::decode(&answer).map_err(|e| Failure::new(Phase::Transfer, e))?;
-    if !ready.refused.is_empty() {
-        return Err(Failure::new(Phase::Restore, ready.refused));
-    }
-    let waited = asked.elapsed().as_micros() as u64;
-    report.times.restore_us = ready.restore_us.min(waited);
-    report.times.transfer_us = waited - report.times.restore_us;
+    send_process(
+        &departure.link,
+        launch,
+        reached_by,
+        departure.tracker.as_ref(),
+        &mut departure.writer,
+        &mut departure.report,
+    )
+    .map_err(|e| match e {
+        SendError::Refused(why) => Failure::new(Phase::Restore, why),
+        e => Failure::new(Phase::Transfer, e),
+    })?;
     let moved = wire::Moved {
         pid,
-        report: report.clone(),
+        report: departure.report.clone(),
     };
+    let home = |e: &dyn std::fmt::Display| Failure::new(Phase::Resume, format!("home: {e}"));
     let answer = shared
         .ask(pid, pid, Kind::Moved, &wire::encode(&moved))
-        .map_err(|e| Failure::new(Phase::Resume, e))?;
-    let wire::Errno(errno) = wire::decode(&answer).map_err(|e| Failure::new(Phase::Resume, e))?;
-    if errno != 0 {
-        let why = nix::errno::Errno::from_raw(errno).desc();
-        return Err(Failure::new(Phase::Resume, format!("home: {why}")));
-    }
-    Ok(())
+        .map_err(|e| home(&e))?;
+    wire::done(&answer).map_err(|e| home(&e))
 }

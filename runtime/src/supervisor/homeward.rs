@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use linklayer::image::ProcessImage;
 use linklayer::stay::StayReason;
 use linklayer::wire::{Phase, Times, Vfork};
+use shim::capture::shared_objects;
 
 use super::departure::{self, Failure};
 use super::guest::Guest;
@@ -151,7 +152,8 @@ impl Tracer {
     /// The guests outside of a group that share memory with one inside.
     pub(super) fn relatives(&self, members: &[Arc<Guest>]) -> Vec<i32> {
         let spaces: HashSet<u64> = members.iter().map(|guest| guest.space).collect();
-        let objects: HashSet<u64> = members.iter().flat_map(|guest| shared_objects(guest)).collect();
+        let objects_of = |guest: &Guest| shared_objects(guest.memory.pid());
+        let objects: HashSet<(u64, u64)> = members.iter().flat_map(|guest| objects_of(guest)).collect();
         self.shared
             .guests
             .read()
@@ -159,7 +161,7 @@ impl Tracer {
             .filter(|guest| !members.iter().any(|member| member.pid == guest.pid))
             .filter(|guest| {
                 spaces.contains(&guest.space)
-                    || (!objects.is_empty() && shared_objects(guest).iter().any(|id| objects.contains(id)))
+                    || (!objects.is_empty() && objects_of(guest).iter().any(|id| objects.contains(id)))
             })
             .map(|guest| guest.pid)
             .collect()
@@ -299,16 +301,6 @@ impl Tracer {
         }
         Ok(())
     }
-}
-
-/// The anonymous memory that a guest maps shared.
-pub(super) fn shared_objects(guest: &Guest) -> Vec<u64> {
-    shim::capture::map_lines(guest.memory.pid(), false)
-        .unwrap_or_default()
-        .into_iter()
-        .filter(|line| line.shares_memory())
-        .map(|line| line.ino)
-        .collect()
 }
 
 /// Asks the tracer after a pause to send a guest home.

@@ -69,31 +69,6 @@ pub enum Command {
     End(String),
 }
 
-/// Where an answer goes.
-#[derive(Clone)]
-pub struct Answer {
-    /// The link by which the request came.
-    pub link: Link,
-    /// Lane of the request.
-    pub lane: u32,
-    /// Its header.
-    pub header: Header,
-}
-
-impl Answer {
-    /// Sends it. A lost link is noticed elsewhere.
-    pub fn send(&self, body: &[u8]) {
-        let header = Header {
-            flags: linklayer::frame::flags::REPLY,
-            len: body.len() as u32,
-            ..self.header
-        };
-        if let Err(e) = self.link.send(self.lane, header, &[body]) {
-            tracing::debug!(error = %e, "answer not sent");
-        }
-    }
-}
-
 /// What every process of the job has from home.
 #[derive(Clone, Default)]
 struct OfHome {

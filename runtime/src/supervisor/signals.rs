@@ -285,8 +285,7 @@ impl Tracer {
             return;
         };
         for info in pending {
-            let signal = i32::from_ne_bytes([info.0[0], info.0[1], info.0[2], info.0[3]]);
-            if let Some(fix) = traced.fixes.iter().find(|f| f.is(signal, info)) {
+            if let Some(fix) = traced.fixes.iter().find(|f| f.is(info.signo(), info)) {
                 *info = fix.info;
             }
         }

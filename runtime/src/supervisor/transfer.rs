@@ -1,10 +1,11 @@
 //! What a group of captured guests takes home with it, on its way.
 
 use std::collections::HashSet;
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use linklayer::frame::Header;
+use anyhow::Context;
 use linklayer::image::ProcessImage;
 use linklayer::pages::Writer;
 use linklayer::stay::StayReason;
@@ -39,13 +40,6 @@ pub(super) fn start(shared: &Arc<Shared>, first: i32, members: Vec<Member>, time
     });
 }
 
-fn errno(answer: &[u8], what: &str) -> anyhow::Result<()> {
-    let wire::Errno(errno) = wire::decode(answer)?;
-    let why = nix::errno::Errno::from_raw(errno).desc();
-    anyhow::ensure!(errno == 0, "{what} at home: {why}");
-    Ok(())
-}
-
 fn send(shared: &Shared, mut members: Vec<Member>, times: Times) -> anyhow::Result<()> {
     let mut group: Vec<i32> = members.iter().map(|m| m.pid).collect();
     let shared_memory = SharedObjects::of(members.iter().map(|m| (m.reached_by, &m.image)));
@@ -65,7 +59,7 @@ fn send(shared: &Shared, mut members: Vec<Member>, times: Times) -> anyhow::Resu
             group.retain(|pid| *pid != member.pid);
             continue;
         }
-        errno(&answer, "layout")?;
+        wire::done(&answer).context("layout at home")?;
     }
     let begun = Instant::now();
     let mut writer = Writer::default();
@@ -96,19 +90,24 @@ fn send(shared: &Shared, mut members: Vec<Member>, times: Times) -> anyhow::Resu
     let link = shared.link()?;
     // Home's new objects are empty.
     shared_memory.read(&mut |id, offset, data| {
-        let header = Header::new(Kind::SharedPages as u16, lane, link.next_seq());
         let parts = [&id.to_le_bytes()[..], &offset.to_le_bytes(), data];
-        link.send(lane as u32, header, &parts)
-            .map_err(std::io::Error::other)
+        link.tell(lane, lane, Kind::SharedPages, &parts)
+            .map_err(io::Error::other)
     })?;
     report.times += times;
     report.pages += writer.counts;
     report.times.pages_us = begun.elapsed().as_micros() as u64;
     for pid in &group {
-        departure::tell_progress(shared, *pid, lane, Phase::Resume, report.clone(), 0);
+        let progress = wire::Progress {
+            pid: *pid,
+            phase: Phase::Resume,
+            report: report.clone(),
+            left: 0,
+        };
+        departure::tell_progress(shared, lane, &progress);
     }
     let commit = wire::encode(&wire::HomeCommit { group });
-    errno(&shared.ask(lane, lane, Kind::HomeCommit, &commit)?, "resuming")
+    wire::done(&shared.ask(lane, lane, Kind::HomeCommit, &commit)?).context("resuming at home")
 }
 
 /// Sends the memory of a process on its own link, and waits until home has written it.
@@ -116,7 +115,7 @@ fn send_own(member: &Member, own: Departure) -> anyhow::Result<(wire::MoveReport
     let (link, tracker, mut writer, mut report) = own.into_parts();
     let pid = member.pid;
     let all = shim::capture::all_runs(member.reached_by, &member.image.areas)?;
-    let mut sink = |kind: Kind, parts: &[&[u8]]| departure::send(&link, pid, kind, parts);
+    let mut sink = |kind: Kind, parts: &[&[u8]]| link.tell(pid, pid, kind, parts).map_err(io::Error::other);
     match &tracker {
         Some(tracker) => {
             let runs = tracker.round()?;
@@ -126,9 +125,7 @@ fn send_own(member: &Member, own: Departure) -> anyhow::Result<(wire::MoveReport
         None => shim::capture::write_pages(member.reached_by, &all, &mut writer, &mut sink)?,
     }
     report.pages = writer.counts;
-    let header = Header::new(Kind::PagesEnd as u16, pid, link.next_seq());
-    let (_, answer) = link.call(pid as u32, header, &[])?;
-    errno(&answer, "memory")?;
+    wire::done(&link.ask(pid, Kind::PagesEnd, &[])?).context("memory at home")?;
     Ok((report, tracker))
 }
 
@@ -136,9 +133,7 @@ fn send_pages(shared: &Shared, lane: i32, member: &Member, writer: &mut Writer) 
     let link = shared.link()?;
     let runs = shim::capture::all_runs(member.reached_by, &member.image.areas)?;
     shim::capture::write_pages(member.reached_by, &runs, writer, &mut |kind, parts| {
-        let header = Header::new(kind as u16, member.pid, link.next_seq());
-        link.send(lane as u32, header, parts)
-            .map_err(std::io::Error::other)
+        link.tell(lane, member.pid, kind, parts).map_err(io::Error::other)
     })?;
     Ok(())
 }

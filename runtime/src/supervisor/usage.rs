@@ -53,13 +53,6 @@ fn measure(shared: &Shared) -> wire::Usage {
     }
 }
 
-/// What a process has in memory (proc_pid_statm(5)).
-pub fn resident_bytes(pid: i32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
-    let pages = text.split_whitespace().nth(1).and_then(|f| f.parse::<u64>().ok());
-    pages.unwrap_or(0) * PAGE_BYTES
-}
-
 /// Fields 14, 15 and 24 of proc_pid_stat(5).
 fn parse(pid: i32, stat: &str) -> Option<GuestUsage> {
     let fields: Vec<&str> = stat[stat.rfind(')')? + 1..].split_whitespace().collect();

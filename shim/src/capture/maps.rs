@@ -30,6 +30,13 @@ pub struct MapLine {
     pub protection_key: u32,
 }
 
+/// The anonymous memory that a process maps shared: device and inode of each object. None when it is gone.
+pub fn shared_objects(pid: i32) -> Vec<(u64, u64)> {
+    let lines = map_lines(pid, false).unwrap_or_default();
+    let shared = lines.iter().filter(|line| line.shares_memory());
+    shared.map(|line| (line.dev, line.ino)).collect()
+}
+
 impl MapLine {
     /// Whether it is anonymous memory that is shared with whoever maps the same inode.
     pub fn shares_memory(&self) -> bool {

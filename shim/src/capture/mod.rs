@@ -2,6 +2,7 @@
 
 mod maps;
 mod pages;
+mod send;
 mod shared;
 mod stream;
 
@@ -20,9 +21,10 @@ use crate::restore::{SCRATCH, TRAMPOLINE};
 use crate::vessel::stub;
 use crate::xstate;
 
-pub use maps::{MapLine, file_id, map_lines, reserved};
+pub use maps::{MapLine, file_id, map_lines, reserved, shared_objects};
 pub(crate) use pages::{Found, scan_written};
 pub use pages::{page_runs, page_runs_of};
+pub use send::{SendError, send_process};
 pub use shared::{SharedObjects, reserves};
 pub use stream::{all_runs, write_pages, write_running};
 
