@@ -50,7 +50,12 @@ fn says(way: &[&str], there: &[&str]) -> String {
 }
 
 fn here(lab: &Lab, words: &[&str]) -> Output {
-    lab.exec(1).args(words).output().expect("mosrun starts")
+    let dir = tempfile::tempdir().expect("directory for what the program writes");
+    lab.exec(1)
+        .args(words)
+        .current_dir(dir.path())
+        .output()
+        .expect("mosrun starts")
 }
 
 #[test]
