@@ -28,7 +28,7 @@ while read -r a b; do echo "$b $a"; done < <(printf '1 2\n3 4\n')
 mapfile -t lines < <(seq 1 5); echo "${#lines[@]} ${lines[4]}"
 declare -A map=([k]=v [l]=w); for k in k l; do echo "$k=${map[$k]}"; done
 exec 3> three; echo to three >&3; exec 3>&-; cat three
-set -m; sleep 100 & jobs | sed 's/  */ /g'; kill %1; wait %1 2>/dev/null; echo "job $?"; set +m
+set -m; sleep 100 & jobs > list; sed 's/  */ /g' list; rm list; kill %1; wait %1 2>/dev/null; echo "job $?"; set +m
 (ulimit -n 64; ulimit -n)
 time_format() { TIMEFORMAT='%0lR'; { time sleep 0.01; } 2>&1 | grep -c s; }; time_format
 printf '%s\n' "$0" "$#" "${BASH_VERSINFO[0]}"

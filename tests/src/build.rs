@@ -86,6 +86,28 @@ impl Link {
     }
 }
 
+fn stamp(path: &Path) -> SystemTime {
+    let metadata = fs::metadata(path).and_then(|m| m.modified());
+    metadata.unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+/// Compiles a Rust program of one file, unless that was done already, and gives the program's path.
+pub fn rust(source: &Path) -> Result<PathBuf, Skip> {
+    let rustc = crate::skip::program("rustc")?;
+    let _lock = exclusive("rust.lock");
+    let target = profile_dir().join("guests").join("rust_program");
+    if stamp(&target) <= stamp(source) {
+        let mut command = Command::new(rustc);
+        let status = command.arg("-O").arg("-o").arg(&target).arg(source).status();
+        assert!(
+            status.expect("rustc can be started").success(),
+            "{} does not compile",
+            source.display()
+        );
+    }
+    Ok(target)
+}
+
 /// Compiles `tests/guests/NAME.c`, unless that was done already, and gives the program's path.
 pub fn guest(name: &str, link: Link) -> Result<PathBuf, Skip> {
     let gcc = crate::skip::program("gcc")?;
@@ -97,11 +119,6 @@ pub fn guest(name: &str, link: Link) -> Result<PathBuf, Skip> {
         .join(format!("{link:?}").to_lowercase());
     let target = dir.join(name);
     let _lock = exclusive(&format!("{name}.lock"));
-    let stamp = |p: &Path| {
-        fs::metadata(p)
-            .and_then(|m| m.modified())
-            .unwrap_or(SystemTime::UNIX_EPOCH)
-    };
     if stamp(&target) > stamp(&source).max(stamp(&sources.join("guest.h"))) {
         return Ok(target);
     }

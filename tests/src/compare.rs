@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
@@ -47,7 +47,6 @@ pub struct Case {
     environment: Vec<(OsString, OsString)>,
     prepare: Vec<(PathBuf, Content)>,
     patience: Duration,
-    owner: Option<(u32, u32)>,
 }
 
 #[derive(Clone)]
@@ -65,7 +64,6 @@ impl Case {
             environment: Vec::new(),
             prepare: Vec::new(),
             patience: Duration::from_secs(120),
-            owner: None,
         }
     }
 
@@ -105,12 +103,6 @@ impl Case {
         self
     }
 
-    /// Its directory belongs to this user and group.
-    pub fn owner(mut self, uid: u32, gid: u32) -> Self {
-        self.owner = Some((uid, gid));
-        self
-    }
-
     fn prepare(&self, dir: &Path) -> std::io::Result<()> {
         fs::create_dir_all(dir)?;
         fs::set_permissions(dir, fs::Permissions::from_mode(0o755))?;
@@ -132,11 +124,6 @@ impl Case {
                         .status()?;
                     assert!(status.success(), "cp {} {}", from.display(), to.display());
                 }
-            }
-        }
-        if let Some((uid, gid)) = self.owner {
-            for entry in walk(dir) {
-                chown(entry, Some(uid), Some(gid))?;
             }
         }
         Ok(())
@@ -240,6 +227,19 @@ impl Place {
         Self { top }
     }
 
+    /// A new one that is there already, and belongs to whom the programs in this lab belong to.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    pub fn made(lab: &Lab) -> Self {
+        let place = Self::new();
+        fs::create_dir(place.path()).expect("the directory");
+        if let Some(user) = lab.user() {
+            lchown(place.path(), Some(user), Some(user)).expect("its owner");
+        }
+        place
+    }
+
     /// The directory itself.
     pub fn path(&self) -> PathBuf {
         self.top.path().join("work")
@@ -256,6 +256,11 @@ pub fn observe(lab: &Lab, place: &Place, case: &Case, how: How) -> Outcome {
         fs::remove_dir_all(&dir).expect("the last run's directory can be removed");
     }
     case.prepare(&dir).expect("the directory of the case");
+    for entry in walk(&dir) {
+        if let Some(user) = lab.user() {
+            lchown(entry, Some(user), Some(user)).expect("its owner");
+        }
+    }
     let mut command = lab.exec(1);
     command.args(how.prefix()).args(&case.command).current_dir(&dir);
     command.envs(case.environment.iter().map(|(k, v)| (k, v)));

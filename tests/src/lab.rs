@@ -12,10 +12,14 @@ use crate::skip::Skip;
 /// Labs of tests have names that begin so, and go on with the pid of the test.
 const PREFIX: &str = "test-";
 
+/// A user that no machine has.
+pub const ADA: u32 = 47_110;
+
 /// A lab; it is ended when this is dropped.
 #[derive(Debug)]
 pub struct Lab {
     name: String,
+    user: Option<u32>,
 }
 
 static SHARED: Mutex<Weak<Lab>> = Mutex::new(Weak::new());
@@ -30,6 +34,13 @@ impl Lab {
         }
         let lab = Arc::new(Self::with(&["--nodes", "3"])?);
         *shared = Arc::downgrade(&lab);
+        Ok(lab)
+    }
+
+    /// A lab of its own in which daemons and programs are those of a plain user without capabilities, [`ADA`].
+    pub fn plain(nodes: u32) -> Result<Self, Skip> {
+        let mut lab = Self::with(&["--nodes", &nodes.to_string(), "--user", &ADA.to_string()])?;
+        lab.user = Some(ADA);
         Ok(lab)
     }
 
@@ -58,12 +69,17 @@ impl Lab {
             "lab up {options:?}: {}",
             String::from_utf8_lossy(&output.stderr)
         );
-        Ok(Self { name })
+        Ok(Self { name, user: None })
     }
 
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The user whose programs run in it, when that is not root.
+    pub fn user(&self) -> Option<u32> {
+        self.user
     }
 
     /// `mosctl lab exec` for this lab and node; the command is to be added. With `options` of `lab exec`.
@@ -74,6 +90,10 @@ impl Lab {
             .args(options)
             .arg(node.to_string())
             .arg("--");
+        if self.user.is_some() {
+            // The caller's PATH may have directories that the user cannot enter.
+            command.env("PATH", "/usr/bin:/bin");
+        }
         command
     }
 

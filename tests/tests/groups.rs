@@ -149,7 +149,7 @@ fn they_move_together() {
 #[test]
 fn they_move_together_without_root() {
     or_skip!(program("python3"));
-    let lab = or_skip!(Lab::with(&["--nodes", "2", "--user", "47110"]));
+    let lab = or_skip!(Lab::plain(2));
     let mut group = Group::start(&lab, How::Away(2));
     for (round, to) in ["home", "2", "home", "2"].into_iter().enumerate() {
         group.go(round, to, round);

@@ -1,6 +1,5 @@
 //! What others at home see of a program, and do to it, while it is away.
 
-use std::fs;
 use std::time::Duration;
 
 use tests::compare::{End, How, Place};
@@ -20,6 +19,10 @@ macro_rules! both {
         mod away {
             $(#[test] fn $name() { super::check(super::$name, super::How::Away(2)); })*
         }
+        // With daemons and programs of a plain user.
+        mod plain_user {
+            $(#[test] fn $name() { super::check_plain(super::$name); })*
+        }
     };
 }
 
@@ -28,6 +31,11 @@ both! { killed_by_pid, a_handler_sees_who_sent, seen_in_proc, stopped_and_contin
 fn check(body: fn(&Lab, How), how: How) {
     let lab = or_skip!(Lab::shared());
     body(&lab, how);
+}
+
+fn check_plain(body: fn(&Lab, How)) {
+    let lab = or_skip!(Lab::plain(2));
+    body(&lab, How::Away(2));
 }
 
 fn sh(lab: &Lab, script: &str) -> String {
@@ -101,13 +109,13 @@ print(info.si_pid, info.si_uid, info.si_code, flush=True)
     let mut running = Running::start(lab, how, ["python3", "-c", script]);
     let pid = running.number();
     let sender = sh(lab, &format!("echo $$; kill -USR1 {pid}"));
-    assert_eq!(running.line(), format!("{sender} 0 0"), "{how:?}");
+    let user = lab.user().unwrap_or(0);
+    assert_eq!(running.line(), format!("{sender} {user} 0"), "{how:?}");
     assert_eq!(running.wait(), End::Code(0));
 }
 
 fn seen_in_proc(lab: &Lab, how: How) {
-    let place = Place::new();
-    fs::create_dir(place.path()).unwrap();
+    let place = Place::made(lab);
     let mut command = lab.exec(1);
     command.args(how.prefix()).args([
         "bash",
@@ -136,7 +144,8 @@ fn seen_in_proc(lab: &Lab, how: How) {
         assert!(open.lines().any(|l| l == fd), "{how:?}: {open}");
     }
     assert!(seen("tr '\\0' '\\n' < /proc/PID/environ").contains("SEEN=yes"));
-    assert_eq!(seen("ps -o user= -p PID"), "root");
+    let user = lab.user().unwrap_or(0);
+    assert_eq!(seen("ps -o uid= -p PID").trim(), user.to_string());
     assert_eq!(seen("pgrep -f '[n]ame argument' | grep -c '^PID$'"), "1");
     // A process away has a thread at home that takes its signals.
     let threads: u32 = seen("ls -d /proc/PID/task/* | wc -l").parse().unwrap();
@@ -301,8 +310,7 @@ fn the_list_of_programs() {
 fn a_database_shared_with_home() {
     let lab = or_skip!(Lab::shared());
     or_skip!(program("sqlite3"));
-    let place = Place::new();
-    fs::create_dir(place.path()).unwrap();
+    let place = Place::made(&lab);
     let script = "
 sqlite3 t.db 'pragma journal_mode=delete; create table t(who text, n integer)' > /dev/null
 writer() { for i in $(seq 1 25); do $2 sqlite3 -cmd '.timeout 30000' t.db \"insert into t values('$1', $i)\" || exit 1; done; }
@@ -327,8 +335,7 @@ wait $a && wait $b && sqlite3 t.db 'select who, count(*), sum(n) from t group by
 /// A server away is used by its clients at home, over the loopback interface.
 fn a_server_used_from_home(lab: &Lab, how: How) {
     or_skip!(program("redis-server"));
-    let place = Place::new();
-    fs::create_dir(place.path()).unwrap();
+    let place = Place::made(lab);
     let words: Vec<_> = how
         .prefix()
         .iter()

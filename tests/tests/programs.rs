@@ -128,6 +128,13 @@ fn rust() -> Result<(Case, i32), Skip> {
     ))
 }
 
+/// The same, compiled before.
+fn rust_program() -> Result<(Case, i32), Skip> {
+    let script = "./program 2>stderr; s=$?; grep -c 'on purpose' stderr; rm stderr; exit $s";
+    let program = tests::build::rust(&source("program.rs"))?;
+    Ok((Case::new(["sh", "-c", script]).tree("program", program), 12))
+}
+
 fn java() -> Result<(Case, i32), Skip> {
     program("javac")?;
     let script = "javac Program.java && java -Xmx200m Program; s=$?; rm -f *.class; exit $s";
@@ -173,15 +180,10 @@ programs! {
     archives, compile, coreutils, go, java, make, node, openssl, perl, python, rust, shell, sqlite,
 }
 
-/// A user that no machine has.
-const ADA: u32 = 47_110;
-
 /// Away once more, with daemons and programs of a plain user.
 fn run_plain(case: Result<(Case, i32), Skip>) {
     let (case, code) = or_skip!(case);
-    let lab = or_skip!(Lab::with(&["--nodes", "2", "--user", &ADA.to_string()]));
-    // The caller's PATH may have directories that the user cannot enter.
-    let case = case.owner(ADA, ADA).env("PATH", "/usr/bin:/bin");
+    let lab = or_skip!(Lab::plain(2));
     let native = same(&lab, &case, &[How::Away(2)]);
     assert_eq!(native.end, End::Code(code), "natively: {native:?}");
 }
@@ -194,7 +196,7 @@ macro_rules! plain {
     };
 }
 
-// Those that are in the system's own directories.
+// The compiler of Rust is where only its owner gets at it: what it makes is run.
 plain! {
-    archives, compile, coreutils, go, java, openssl, perl, python, shell, sqlite,
+    archives, compile, coreutils, go, java, make, node, openssl, perl, python, rust_program, shell, sqlite,
 }

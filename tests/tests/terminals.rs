@@ -17,6 +17,10 @@ macro_rules! both {
         mod away {
             $(#[test] fn $name() { super::check(super::$name, super::How::Away(2)); })*
         }
+        // With daemons and programs of a plain user.
+        mod plain_user {
+            $(#[test] fn $name() { super::check_plain(super::$name); })*
+        }
     };
 }
 
@@ -27,17 +31,19 @@ fn check(body: fn(&Lab, How), how: How) {
     body(&lab, how);
 }
 
+fn check_plain(body: fn(&Lab, How)) {
+    let lab = or_skip!(Lab::plain(2));
+    body(&lab, How::Away(2));
+}
+
 fn terminal(lab: &Lab, how: How, place: &Place, command: &[&str]) -> Terminal {
-    if !place.path().exists() {
-        fs::create_dir(place.path()).unwrap();
-    }
     let mut line = lab.exec(1);
     line.args(how.prefix()).args(command).current_dir(place.path());
     Terminal::start(&line)
 }
 
 fn a_shell_with_jobs(lab: &Lab, how: How) {
-    let place = Place::new();
+    let place = Place::made(lab);
     let mut t = terminal(lab, how, &place, &["bash", "--norc", "--noprofile", "-i"]);
     t.expect("$ ");
     t.send("tty; stty size\n");
@@ -102,7 +108,7 @@ fn has_foreground(lab: &Lab, arguments: &str) -> bool {
 #[test]
 fn as_a_job() {
     let lab = or_skip!(Lab::shared());
-    let place = Place::new();
+    let place = Place::made(&lab);
     let mut t = terminal(
         &lab,
         How::Native,
@@ -133,7 +139,7 @@ fn as_a_job() {
 
 fn an_editor(lab: &Lab, how: How) {
     or_skip!(program("vim"));
-    let place = Place::new();
+    let place = Place::made(lab);
     let mut t = terminal(
         lab,
         how,
@@ -160,7 +166,7 @@ fn an_editor(lab: &Lab, how: How) {
 
 fn a_pager(lab: &Lab, how: How) {
     or_skip!(program("less"));
-    let place = Place::new();
+    let place = Place::made(lab);
     let mut t = terminal(lab, how, &place, &["bash", "-c", "seq 1 1000 | less"]);
     t.expect("1\r\n2\r\n");
     t.send("G");
@@ -174,7 +180,7 @@ fn a_pager(lab: &Lab, how: How) {
 
 /// The end of the terminal reaches the program.
 fn hanging_up(lab: &Lab, how: How) {
-    let place = Place::new();
+    let place = Place::made(lab);
     let t = {
         let mut t = terminal(
             lab,
@@ -199,8 +205,7 @@ fn hanging_up(lab: &Lab, how: How) {
 fn under_tmux() {
     let lab = or_skip!(Lab::shared());
     or_skip!(program("tmux"));
-    let place = Place::new();
-    fs::create_dir(place.path()).unwrap();
+    let place = Place::made(&lab);
     let script = r#"
 export TERM=xterm LC_ALL=C.UTF-8
 tmux() { command tmux -L test -f /dev/null "$@"; }

@@ -5,31 +5,24 @@ use std::process::Output;
 
 use tests::build::{Link, guest};
 use tests::compare::{Case, End, How, same};
-use tests::lab::{Lab, text};
+use tests::lab::{ADA, Lab, text};
 use tests::or_skip;
 use tests::running::Running;
 
-/// Users that no machine has.
-const ADA: u32 = 47_110;
+/// Another user that no machine has.
 const BOB: u32 = 47_111;
-
-fn plain() -> Result<Lab, tests::skip::Skip> {
-    Lab::with(&["--nodes", "3", "--user", &ADA.to_string()])
-}
 
 /// Programs of the tests' own directories, where others can reach them.
 fn case(name: &str) -> Result<Case, tests::skip::Skip> {
     let program = guest(name, Link::Dynamic)?;
     // The tests' directory may be closed to others: the guest goes with the case.
-    // The caller's PATH may have directories that the user cannot enter.
-    let case = Case::new([format!("./{name}")]).env("PATH", "/usr/bin:/bin");
-    Ok(case.tree(name, program).owner(ADA, ADA))
+    Ok(Case::new([format!("./{name}")]).tree(name, program))
 }
 
 macro_rules! guests {
     ($($name:ident),* $(,)?) => {
         $(#[test] fn $name() {
-            let lab = or_skip!(plain());
+            let lab = or_skip!(Lab::plain(3));
             let native = same(&lab, &or_skip!(case(stringify!($name))), &[How::Home, How::Away(2)]);
             assert_eq!(native.end, End::Code(0), "natively: {native:?}");
         })*
@@ -50,7 +43,7 @@ mod guests {
 /// No process of the user has capabilities, at either end.
 #[test]
 fn no_capabilities_anywhere() {
-    let lab = or_skip!(plain());
+    let lab = or_skip!(Lab::plain(3));
     let mut running = Running::script(&lab, How::Away(2), "echo $$; read line");
     running.number();
     for node in [1, 2] {
@@ -162,7 +155,7 @@ fn two_users() {
 /// A program with another user's privileges has them, whoever executes it: it runs at home, and nobody traces it.
 #[test]
 fn programs_with_privileges_have_them() {
-    let lab = or_skip!(Lab::with(&["--nodes", "2", "--user", &ADA.to_string()]));
+    let lab = or_skip!(Lab::plain(2));
     let place = tests::compare::Place::new();
     let copy = |name: &str, mode: u32| {
         let program = place.path().with_extension(name);
