@@ -7,6 +7,8 @@ use anyhow::{Context, ensure};
 
 /// The port of the echo server on node 2.
 pub const ECHO_PORT: u16 = 7999;
+/// The port of what takes and drops everything on node 2.
+pub const SINK_PORT: u16 = 7997;
 /// The address of node 2 in a lab.
 pub const NODE_2: &str = "10.77.0.2";
 
@@ -146,6 +148,11 @@ pub fn run(chosen: &[&str]) -> anyhow::Result<()> {
         words.push(own.as_os_str());
         words.extend(["--probe", "echo", &address].map(std::ffi::OsStr::new));
         let echo = lab.serve(&words)?;
+        let address = format!("{NODE_2}:{SINK_PORT}");
+        let mut words = pinned.clone();
+        words.push(own.as_os_str());
+        words.extend(["--probe", "sink", &address].map(std::ffi::OsStr::new));
+        let sink = lab.serve(&words)?;
         let ssh = crate::measure::ssh::Server::prepare();
         for what in here {
             let sshd = match (*what, &ssh) {
@@ -166,7 +173,7 @@ pub fn run(chosen: &[&str]) -> anyhow::Result<()> {
             }
             ensure!(measure.status()?.success(), "{what} could not be measured");
         }
-        drop(echo);
+        drop((echo, sink));
     }
     Ok(())
 }

@@ -1,9 +1,10 @@
 //! The programs under test: what they measure of themselves they print, in microseconds.
 
 use std::hint::black_box;
-use std::io::BufRead;
-use std::net::UdpSocket;
-use std::time::Instant;
+use std::io::{BufRead, Read, Write};
+use std::net::{TcpListener, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
@@ -29,6 +30,9 @@ pub fn run(words: &[&str]) -> anyhow::Result<()> {
             println!("{:.1}", cpu());
         }
         ["echo", address] => echo(address)?,
+        ["sink", address] => sink(address)?,
+        ["memory", mib, "compute"] => memory(mib.parse()?, None)?,
+        ["memory", mib, rate] => memory(mib.parse()?, Some(rate.parse()?))?,
         _ => bail!("no such probe: {words:?}"),
     }
     Ok(())
@@ -81,5 +85,75 @@ fn echo(address: &str) -> anyhow::Result<()> {
     loop {
         let (len, from) = socket.recv_from(&mut buffer)?;
         socket.send_to(&buffer[..len], from)?;
+    }
+}
+
+/// Reads what comes and says when that was all, for one connection after another, until it is killed.
+fn sink(address: &str) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let (mut stream, _) = listener.accept()?;
+        while stream.read(&mut buffer)? > 0 {}
+        stream.write_all(b"done")?;
+    }
+}
+
+/// Set when a line was read; taken back by who answers it.
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// Has memory in which no page is like another, and changes so many MiB of it in a second; or computes (`None`). For each line
+/// that is read it says in which time, at most, it did nothing (ms), and how many rounds it made in a millisecond, since it
+/// was asked last.
+fn memory(mib: u64, rate: Option<u64>) -> anyhow::Result<()> {
+    const WORDS_PER_MIB: u64 = (1 << 20) / 8;
+    /// 4 KiB.
+    const WORDS_PER_PAGE: usize = 512;
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ mib;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let mut words: Vec<u64> = (0..mib * WORDS_PER_MIB).map(|_| next()).collect();
+    std::thread::spawn(|| {
+        for _ in std::io::stdin().lock().lines().map_while(Result::ok) {
+            ASKED.store(true, Ordering::Release);
+        }
+        std::process::exit(0);
+    });
+    println!("ready");
+    let mut since = Instant::now();
+    let (mut last, mut longest) = (since, Duration::ZERO);
+    let (mut rounds, mut changed, mut place) = (0u64, 0u64, 0);
+    loop {
+        if ASKED.swap(false, Ordering::AcqRel) {
+            let took = since.elapsed().as_secs_f64() * 1e3;
+            println!("{:.3} {:.3}", longest.as_secs_f64() * 1e3, rounds as f64 / took);
+            since = Instant::now();
+            (last, longest, rounds, changed) = (since, Duration::ZERO, 0, 0);
+        }
+        match rate {
+            Some(rate) => {
+                let due = (last - since).as_micros() as u64 * rate * (WORDS_PER_MIB / WORDS_PER_PAGE as u64)
+                    / 1_000_000;
+                while changed < due {
+                    place = (place + WORDS_PER_PAGE) % words.len();
+                    words[place] = next();
+                    changed += 1;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            None => {
+                for _ in 0..1000 {
+                    black_box(next());
+                }
+            }
+        }
+        rounds += 1;
+        let now = Instant::now();
+        longest = longest.max(now - last);
+        last = now;
     }
 }

@@ -1,5 +1,6 @@
 //! Measuring, on node 1 of a lab.
 
+mod moves;
 pub mod ssh;
 
 use std::io::Write;
@@ -29,6 +30,7 @@ pub fn run(what: &str, _setting: &str) -> anyhow::Result<()> {
         "call" => call(),
         "cpu" => cpu(),
         "home" => home(),
+        "move" => moves::run(),
         "start" => start(),
         _ => bail!("nothing is called {what}"),
     }
