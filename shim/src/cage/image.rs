@@ -38,6 +38,8 @@ pub const GATE: u64 = BASE + 0xb0;
 global_asm!(
     ".pushsection .rodata.mosrun_cage, \"a\", @progbits",
     ".balign 16",
+    ".globl mosrun_cage_start",
+    ".hidden mosrun_cage_start",
     "mosrun_cage_start:",
     // ELF header: executable, x86-64, two program headers.
     ".byte 0x7f, 0x45, 0x4c, 0x46, 2, 1, 1, 0",
@@ -218,6 +220,8 @@ global_asm!(
     "xor r9d, r9d",
     "syscall",
     "ret",
+    ".globl mosrun_cage_end",
+    ".hidden mosrun_cage_end",
     "mosrun_cage_end:",
     ".popsection",
     base = const BASE,

@@ -2,6 +2,8 @@
 //!
 //! It uses no stack and lies at a fixed address; r12 is the thread's slot. A clone's child goes on in the slot that the
 //! call named (r13), so that nothing has to be done to it before it may run.
+//!
+//! Its symbols are global, though hidden: the optimiser puts what names them into other object files than the code itself.
 
 use std::arch::global_asm;
 
@@ -10,11 +12,15 @@ use crate::restore::TRAMPOLINE;
 global_asm!(
     ".pushsection .rodata.vessel_stub, \"a\"",
     ".balign 16",
+    ".globl vessel_stub_start",
+    ".hidden vessel_stub_start",
     "vessel_stub_start:",
     // A place where ptrace makes a thread execute calls.
     "syscall",
     "int3",
     ".balign 16",
+    ".globl vessel_stub_loop",
+    ".hidden vessel_stub_loop",
     "vessel_stub_loop:",
     "mov eax, dword ptr [r12]",
     "cmp eax, 1",
@@ -68,6 +74,8 @@ global_asm!(
     "mov rax, qword ptr [r12 + 8]",
     "mov r13, qword ptr [r12 + 72]",
     "syscall",
+    ".globl vessel_stub_after",
+    ".hidden vessel_stub_after",
     "vessel_stub_after:",
     "test r13, r13",
     "jz 3f",
@@ -79,6 +87,8 @@ global_asm!(
     "mov qword ptr [r12 + 64], rax",
     "mov eax, 2",
     "xchg dword ptr [r12], eax",
+    ".globl vessel_stub_said",
+    ".hidden vessel_stub_said",
     "vessel_stub_said:",
     "mov rdi, r12",
     "mov esi, 1",
@@ -88,12 +98,16 @@ global_asm!(
     "syscall",
     "jmp vessel_stub_loop",
     ".balign 16",
+    ".globl vessel_stub_catcher",
+    ".hidden vessel_stub_catcher",
     "vessel_stub_catcher:",
     "mov eax, 34",
     "syscall",
     "jmp vessel_stub_catcher",
     // Executes r13 > 0 calls that are described from rbx on: number, six arguments, room for the result.
     ".balign 16",
+    ".globl vessel_stub_batch",
+    ".hidden vessel_stub_batch",
     "vessel_stub_batch:",
     "mov rax, qword ptr [rbx]",
     "mov rdi, qword ptr [rbx + 8]",
@@ -108,7 +122,11 @@ global_asm!(
     "dec r13",
     "jnz vessel_stub_batch",
     "int3",
+    ".globl vessel_stub_batch_end",
+    ".hidden vessel_stub_batch_end",
     "vessel_stub_batch_end:",
+    ".globl vessel_stub_end",
+    ".hidden vessel_stub_end",
     "vessel_stub_end:",
     ".popsection",
     wanted = const linklayer::wire::MASK_WANTED,
