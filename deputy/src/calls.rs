@@ -119,10 +119,10 @@ fn begin_now(shared: &Arc<Shared>, worker: &Arc<Worker>, reply: ReplyTo, payload
         reply.send(&[&(-i64::from(libc::EPROTO)).to_le_bytes()]);
     };
     let (nr, blocking, args) = match CallView::parse(&payload) {
-        Ok(view) => match place(&worker.slot, &view) {
-            Ok(args) => (view.nr, view.blocking, args),
-            Err(e) => return refuse(e),
-        },
+        Ok(view) => {
+            let args = syscall::place(&view, &worker.slot, worker.slot.data_address());
+            (view.nr, view.blocking, args)
+        }
         Err(e) => return refuse(e),
     };
     shared.count(worker.pid);
@@ -168,14 +168,6 @@ fn begin_now(shared: &Arc<Shared>, worker: &Arc<Worker>, reply: ReplyTo, payload
             }
         }
     }
-}
-
-/// Lays a call out in a slot; gives its registers.
-pub fn place(slot: &Slot, view: &CallView<'_>) -> Result<[u64; 6], Malformed> {
-    let mut area = vec![0; view.space as usize];
-    let args = syscall::place(view, &mut area, slot.data_address())?;
-    slot.write(0, &area);
-    Ok(args)
 }
 
 /// Results with which the kernel also sends the calling thread a signal.
@@ -353,23 +345,21 @@ impl Pending {
     /// The reply: the result and what the call wrote.
     fn collect(&self, mut ret: i64) -> Vec<u8> {
         let mut reply = Vec::new();
-        let collected = CallView::parse(&self.request).and_then(|view| {
-            let mut area = vec![0; view.space as usize];
-            self.worker.slot.read(0, &mut area);
-            if view.nr == libc::SYS_getdents64 as u32 && ret > 0 {
-                ret = self.hide_catcher(&view, &mut area, ret);
+        match CallView::parse(&self.request) {
+            Ok(view) => {
+                if view.nr == libc::SYS_getdents64 as u32 && ret > 0 {
+                    ret = self.hide_catcher(&view, ret);
+                }
+                syscall::collect(&view, &self.worker.slot, ret, &mut reply);
             }
-            syscall::collect(&view, &area, ret, &mut reply)
-        });
-        if let Err(e) = collected {
-            tracing::error!(tid = self.worker.tid, error = %e, "reply");
+            Err(e) => tracing::error!(tid = self.worker.tid, error = %e, "reply"),
         }
         reply
     }
 
     /// Takes the catcher, a thread that the program does not have, out of a listing of its own threads. Gives the new
     /// length of the listing.
-    fn hide_catcher(&self, view: &CallView<'_>, area: &mut [u8], len: i64) -> i64 {
+    fn hide_catcher(&self, view: &CallView<'_>, len: i64) -> i64 {
         let pid = self.worker.pid;
         let Some(out) = view.outs().next() else { return len };
         let listed = std::fs::read_link(format!("/proc/{pid}/fd/{}", view.args[0] as i32));
@@ -383,10 +373,8 @@ impl Pending {
         let Some(catcher) = self.shared.catchers.read().get(&pid).map(ToString::to_string) else {
             return len;
         };
-        let start = out.offset as usize;
-        let Some(records) = area.get_mut(start..start + (len as usize).min(out.len as usize)) else {
-            return len;
-        };
+        let mut records = vec![0; (len as usize).min(out.len as usize)];
+        self.worker.slot.read(out.offset as usize, &mut records);
         // struct linux_dirent64: inode, offset, u16 length at 16, type, name at 19 (getdents(2)).
         let (mut at, mut end) = (0, records.len());
         while at + 19 < end {
@@ -402,6 +390,7 @@ impl Pending {
                 at += size;
             }
         }
+        self.worker.slot.write(out.offset as usize, &records[..end]);
         end as i64
     }
 

@@ -6,7 +6,7 @@ use anyhow::Context;
 use linklayer::image::{AreaKind, ProcessImage, SigAction, SigInfo};
 use linklayer::quic::ReplyTo;
 use linklayer::stay::StayReason;
-use linklayer::syscall::CallView;
+use linklayer::syscall::{self, CallView};
 use linklayer::wire::{self, FileRef, Kind, MoveReport};
 use shim::ptrace::{self, Stop, Stopped};
 use shim::vessel::{Slot, Vessel};
@@ -348,10 +348,10 @@ impl Home {
         let Some(worker) = self.shared.worker(tid) else {
             return Ok(());
         };
-        let posted = CallView::parse(&request.call).and_then(|view| {
+        let posted = CallView::parse(&request.call).map(|view| {
             let known = [libc::SYS_execve as u32, libc::SYS_execveat as u32].contains(&view.nr);
-            let args = calls::place(&worker.slot, &view)?;
-            Ok((known, view.nr, args))
+            let args = syscall::place(&view, &worker.slot, worker.slot.data_address());
+            (known, view.nr, args)
         });
         match posted {
             Ok((true, nr, args)) => worker.slot.post(u64::from(nr), args),

@@ -29,7 +29,7 @@ pub use kind::{
 };
 pub use print::{format_call, markdown, text};
 pub use request::{
-    CallRequest, CallView, Malformed, Out, OutLen, OutWhen, Place, Reloc, Reply, SLOT_DATA_LEN, Target,
+    Area, CallRequest, CallView, Malformed, Out, OutLen, OutWhen, Place, Reloc, Reply, SLOT_DATA_LEN, Target,
     collect, place,
 };
 pub use table::{LATEST, groups, row, rows};

@@ -369,17 +369,23 @@ impl<'a> CallView<'a> {
     }
 }
 
-/// Lays the call out in `buf`, the slot's data area, which the vessel sees at address `base`. Returns the registers.
-/// Nothing behind the call's `space` is touched. Fails, having written nothing, if `buf` is smaller than that.
-pub fn place(call: &CallView<'_>, buf: &mut [u8], base: u64) -> Result<[u64; 6], Malformed> {
-    let area = buf.get_mut(..call.space as usize).ok_or(Malformed::Length)?;
-    let (image, free) = area.split_at_mut(call.image.len());
-    image.copy_from_slice(call.image);
+/// The data area of a slot, which is shared with its vessel: bytes are copied into it and out of it, and nobody has a reference
+/// to them. Both do nothing for what is beyond the area's end.
+pub trait Area {
+    /// Copies bytes into the area.
+    fn write(&self, at: usize, bytes: &[u8]);
+    /// Copies bytes out of the area.
+    fn read(&self, at: usize, bytes: &mut [u8]);
+}
+
+/// Lays the call out in a slot's data area, which the vessel sees at address `base` and which has at least the call's `space`
+/// bytes. Returns the registers. Nothing behind that space is touched.
+pub fn place(call: &CallView<'_>, area: &impl Area, base: u64) -> [u64; 6] {
+    const ZEROES: [u8; CLEARED_LEN as usize] = [0; CLEARED_LEN as usize];
+    area.write(0, call.image);
     for out in call.outs() {
-        let start = out.offset as usize;
-        if start >= call.image.len() && out.len <= CLEARED_LEN {
-            let start = start - call.image.len();
-            free[start..start + out.len as usize].fill(0);
+        if out.offset as usize >= call.image.len() && out.len <= CLEARED_LEN {
+            area.write(out.offset as usize, &ZEROES[..out.len as usize]);
         }
     }
     let mut args = call.args;
@@ -390,20 +396,17 @@ pub fn place(call: &CallView<'_>, buf: &mut [u8], base: u64) -> Result<[u64; 6],
         };
         match reloc.place {
             Place::Arg(index) => args[usize::from(index)] = address,
-            Place::Image(offset) => {
-                image[offset as usize..offset as usize + 8].copy_from_slice(&address.to_le_bytes());
-            }
+            Place::Image(offset) => area.write(offset as usize, &address.to_le_bytes()),
         }
     }
-    Ok(args)
+    args
 }
 
-/// Appends the reply to `to`: the result, then for each out range its actual length and that many bytes of `buf`.
+/// Appends the reply to `to`: the result, then for each out range its actual length and that many bytes of the area.
 ///
 /// The vessel's other threads share the slot's memory with us, so that a length word is whatever it is at the moment
 /// it is read; it is bounded by the range that the request named.
-pub fn collect(call: &CallView<'_>, buf: &[u8], ret: i64, to: &mut Vec<u8>) -> Result<(), Malformed> {
-    let area = buf.get(..call.space as usize).ok_or(Malformed::Length)?;
+pub fn collect(call: &CallView<'_>, area: &impl Area, ret: i64, to: &mut Vec<u8>) {
     to.extend_from_slice(&ret.to_le_bytes());
     for out in call.outs() {
         let written = match out.when {
@@ -421,14 +424,23 @@ pub fn collect(call: &CallView<'_>, buf: &[u8], ret: i64, to: &mut Vec<u8>) -> R
                     .saturating_add(u64::from(plus)),
                 Err(_) => 0,
             },
-            OutLen::Word32 { at } => u64::from(u32_at(area, at as usize)),
-            OutLen::Word64 { at } => u64_at(area, at as usize),
+            OutLen::Word32 { at } => {
+                let mut word = [0; 4];
+                area.read(at as usize, &mut word);
+                u64::from(u32::from_le_bytes(word))
+            }
+            OutLen::Word64 { at } => {
+                let mut word = [0; 8];
+                area.read(at as usize, &mut word);
+                u64::from_le_bytes(word)
+            }
         };
         let len = len.min(u64::from(out.len)) as usize;
         to.extend_from_slice(&(len as u32).to_le_bytes());
-        to.extend_from_slice(&area[out.offset as usize..out.offset as usize + len]);
+        let start = to.len();
+        to.resize(start + len, 0);
+        area.read(out.offset as usize, &mut to[start..]);
     }
-    Ok(())
 }
 
 /// A received reply: the result, and the bytes of each out range in the order of the request.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use linklayer::memory::HOLE;
-use linklayer::syscall::SLOT_DATA_LEN;
+use linklayer::syscall::{Area, SLOT_DATA_LEN};
 use parking_lot::Mutex;
 
 use crate::clone_rewrite::CLONE_CLEAR_SIGHAND;
@@ -299,6 +299,16 @@ impl Slot {
     fn wake(&self) {
         // SAFETY: wakes waiters of a word that lives.
         unsafe { libc::syscall(libc::SYS_futex, self.base(), libc::FUTEX_WAKE, i32::MAX) };
+    }
+}
+
+impl Area for Slot {
+    fn write(&self, at: usize, bytes: &[u8]) {
+        Slot::write(self, at, bytes);
+    }
+
+    fn read(&self, at: usize, bytes: &mut [u8]) {
+        Slot::read(self, at, bytes);
     }
 }
 

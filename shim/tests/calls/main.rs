@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 
 use linklayer::memory::{HOLE, HOLE_LEN};
 use linklayer::syscall::{
-    CallRequest, CallView, GatherError, Reply, SLOT_DATA_LEN, Step, collect, gather, place,
+    Area, CallRequest, CallView, GatherError, Reply, SLOT_DATA_LEN, Step, collect, gather, place,
 };
 use shim::memory::ProcessMemory;
 
@@ -48,6 +48,20 @@ struct Slot {
     start: *mut u8,
 }
 
+impl Area for Slot {
+    fn write(&self, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= SLOT_DATA_LEN);
+        // SAFETY: the mapping is this long and lives to the end of the process; one slot is used by one test.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.add(at), bytes.len()) };
+    }
+
+    fn read(&self, at: usize, bytes: &mut [u8]) {
+        assert!(at + bytes.len() <= SLOT_DATA_LEN);
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(self.start.add(at), bytes.as_mut_ptr(), bytes.len()) };
+    }
+}
+
 impl Slot {
     fn new() -> Slot {
         Slot {
@@ -59,12 +73,10 @@ impl Slot {
         let mut wire = Vec::new();
         request.encode(&mut wire);
         let view = CallView::parse(&wire).unwrap();
-        // SAFETY: the mapping is this long and lives to the end of the process; one slot is used by one test.
-        let data = unsafe { std::slice::from_raw_parts_mut(self.start, SLOT_DATA_LEN) };
-        let args = place(&view, data, self.start as u64).unwrap();
+        let args = place(&view, self, self.start as u64);
         let ret = native(view.nr, args);
         let mut reply = Vec::new();
-        collect(&view, data, ret, &mut reply).unwrap();
+        collect(&view, self, ret, &mut reply);
         reply
     }
 

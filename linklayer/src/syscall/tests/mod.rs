@@ -6,6 +6,8 @@ mod hostile;
 mod messages;
 mod transfers;
 
+use std::cell::RefCell;
+
 use super::*;
 use crate::memory::{GuestMemory, HOLE, LocalMemory};
 
@@ -63,8 +65,9 @@ fn answer(request: &CallRequest, kernel: impl FnOnce(&mut Vessel<'_>) -> i64) ->
     assert_eq!(&CallRequest::decode(&wire).unwrap(), request);
     let view = CallView::parse(&wire).unwrap();
     // What an earlier call may have left in the slot.
-    let mut data = vec![0xaa; SLOT_DATA_LEN];
-    let args = place(&view, &mut data, BASE).unwrap();
+    let data = Data::new(0xaa);
+    let args = place(&view, &data, BASE);
+    let mut data = data.0.into_inner();
     let space = view.space as usize;
     assert!(
         data[space..].iter().all(|&byte| byte == 0xaa),
@@ -76,8 +79,27 @@ fn answer(request: &CallRequest, kernel: impl FnOnce(&mut Vessel<'_>) -> i64) ->
         space,
     });
     let mut reply = Vec::new();
-    collect(&view, &data, ret, &mut reply).unwrap();
+    collect(&view, &Data(data.into()), ret, &mut reply);
     reply
+}
+
+/// A slot's data area, of which nobody may go beyond the end.
+struct Data(RefCell<Vec<u8>>);
+
+impl Data {
+    fn new(byte: u8) -> Data {
+        Data(vec![byte; SLOT_DATA_LEN].into())
+    }
+}
+
+impl Area for Data {
+    fn write(&self, at: usize, bytes: &[u8]) {
+        self.0.borrow_mut()[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn read(&self, at: usize, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self.0.borrow()[at..at + bytes.len()]);
+    }
 }
 
 /// Gathers and makes a call.
