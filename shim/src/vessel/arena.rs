@@ -30,9 +30,12 @@ const _: () = assert!(
 );
 
 const IDLE: u32 = 0;
-const POSTED: u32 = 1;
-const DONE: u32 = 2;
+pub(super) const POSTED: u32 = 1;
+pub(super) const DONE: u32 = 2;
 const ABANDONED: u32 = 3;
+/// Beside [`POSTED`]: somebody sleeps until the call ends. A vessel thread that runs as soon as it is woken, in front of the
+/// one who woke it, has often ended its call before that one could wait for it, and need not wake anybody.
+pub(super) const WAITED: u32 = 1 << 30;
 
 struct Mapping {
     base: NonNull<u8>,
@@ -254,14 +257,15 @@ impl Slot {
 
     /// Whether a call is posted that has not ended.
     pub fn posted(&self) -> bool {
-        self.state().load(Ordering::Acquire) == POSTED
+        self.state().load(Ordering::Acquire) & !WAITED == POSTED
     }
 
     /// Waits for the call's end; `None` when the time is up (`None` as time: never), or the slot was abandoned.
     pub fn wait(&self, patience: Option<Duration>) -> Option<i64> {
         let deadline = patience.map(|p| Instant::now() + p);
         loop {
-            match self.state().load(Ordering::Acquire) {
+            let mut seen = self.state().load(Ordering::Acquire);
+            match seen {
                 DONE => return Some(self.result()),
                 ABANDONED => return None,
                 _ => {}
@@ -273,13 +277,23 @@ impl Slot {
                 },
                 None => None,
             };
+            if seen == POSTED {
+                let waited = POSTED | WAITED;
+                match self
+                    .state()
+                    .compare_exchange(POSTED, waited, Ordering::AcqRel, Ordering::Acquire)
+                {
+                    Ok(_) => seen = waited,
+                    Err(_) => continue,
+                }
+            }
             let time = left.map(|l| libc::timespec {
                 tv_sec: l.as_secs() as i64,
                 tv_nsec: i64::from(l.subsec_nanos()),
             });
             let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
             // SAFETY: the word outlives the call, and `time` is null or points to a timespec that does.
-            unsafe { libc::syscall(libc::SYS_futex, self.base(), libc::FUTEX_WAIT, POSTED, time) };
+            unsafe { libc::syscall(libc::SYS_futex, self.base(), libc::FUTEX_WAIT, seen, time) };
         }
     }
 

@@ -7,6 +7,7 @@
 
 use std::arch::global_asm;
 
+use super::arena::{DONE, POSTED, WAITED};
 use crate::restore::TRAMPOLINE;
 
 global_asm!(
@@ -23,9 +24,10 @@ global_asm!(
     ".hidden vessel_stub_loop",
     "vessel_stub_loop:",
     "mov eax, dword ptr [r12]",
-    "cmp eax, 1",
-    "je 2f",
     "mov edx, eax",
+    "and eax, {state}",
+    "cmp eax, {posted}",
+    "je 2f",
     "mov rdi, r12",
     "xor esi, esi",
     "xor r10d, r10d",
@@ -85,11 +87,13 @@ global_asm!(
     "jmp vessel_stub_loop",
     "3:",
     "mov qword ptr [r12 + 64], rax",
-    "mov eax, 2",
+    "mov eax, {done}",
     "xchg dword ptr [r12], eax",
     ".globl vessel_stub_said",
     ".hidden vessel_stub_said",
     "vessel_stub_said:",
+    "test eax, {waited}",
+    "jz vessel_stub_loop",
     "mov rdi, r12",
     "mov esi, 1",
     "mov edx, 0x7fffffff",
@@ -130,6 +134,10 @@ global_asm!(
     "vessel_stub_end:",
     ".popsection",
     wanted = const linklayer::wire::MASK_WANTED,
+    posted = const POSTED,
+    done = const DONE,
+    waited = const WAITED,
+    state = const !WAITED,
 );
 
 unsafe extern "C" {
