@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 
 use parking_lot::Mutex;
 use thiserror::Error;
@@ -92,7 +93,19 @@ impl Listener {
     pub fn recv(&self, wake: Option<BorrowedFd<'_>>, timeout_ms: i32) -> Result<Received, NotifyError> {
         // With two receivers one poll would let both into a request that only one of them gets out of.
         let _one = self.receiving.lock();
+        let request_waits = wake.is_none() && timeout_ms < 0 && requests_end();
         loop {
+            if request_waits {
+                match self.take() {
+                    Ok(call) => return Ok(Received::Call(call)),
+                    Err(NotifyError::Os { source, .. }) if source.kind() == io::ErrorKind::Interrupted => {
+                        continue;
+                    }
+                    // The call vanished, or the last process with the filter did: poll tells which.
+                    Err(NotifyError::Gone) => {}
+                    Err(other) => return Err(other),
+                }
+            }
             let mut fds = [
                 libc::pollfd {
                     fd: self.fd.as_raw_fd(),
@@ -106,13 +119,17 @@ impl Listener {
                 },
             ];
             // SAFETY: `fds` is an array of two pollfd.
-            let ready = unsafe { libc::poll(fds.as_mut_ptr(), 2, timeout_ms) };
+            let ready =
+                unsafe { libc::poll(fds.as_mut_ptr(), 2, if request_waits { 0 } else { timeout_ms }) };
             if ready < 0 {
                 let source = io::Error::last_os_error();
                 if source.kind() == io::ErrorKind::Interrupted {
                     continue;
                 }
                 return Err(NotifyError::Os { op: "poll", source });
+            }
+            if request_waits && fds[0].revents & (libc::POLLHUP | libc::POLLERR) == 0 {
+                continue;
             }
             if ready == 0 || fds[1].revents != 0 {
                 return Ok(Received::Woken);
@@ -242,6 +259,20 @@ impl Listener {
     }
 }
 
+/// Whether SECCOMP_IOCTL_NOTIF_RECV itself, which waits as poll does, ends when no process has the filter any more: so
+/// since Linux 6.11. Before that it would wait for ever.
+fn requests_end() -> bool {
+    static THEY_DO: OnceLock<bool> = OnceLock::new();
+    *THEY_DO.get_or_init(|| since_6_11(&crate::probe::kernel_release()))
+}
+
+fn since_6_11(release: &str) -> bool {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map_while(|n| n.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(6), Some(11))
+}
+
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
@@ -292,3 +323,23 @@ struct NotifAddFd {
 const _: () = assert!(size_of::<Notif>() == 0x50);
 const _: () = assert!(size_of::<NotifResp>() == 0x18);
 const _: () = assert!(size_of::<NotifAddFd>() == 0x18);
+
+#[cfg(test)]
+mod tests {
+    use super::since_6_11;
+
+    #[test]
+    fn releases_are_compared_as_numbers() {
+        for (release, since) in [
+            ("6.1.0-37-amd64", false),
+            ("6.10.14", false),
+            ("6.11.0", true),
+            ("6.18.44-fc-v445", true),
+            ("7.0-rc1", true),
+            ("5.19.2", false),
+            ("", false),
+        ] {
+            assert_eq!(since_6_11(release), since, "{release}");
+        }
+    }
+}

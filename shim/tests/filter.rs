@@ -243,6 +243,28 @@ fn a_call_that_is_gone_says_so_and_receivers_can_be_woken() {
 }
 
 #[test]
+fn a_receiver_that_waits_learns_of_the_end() {
+    as_each_user(|| {
+        let (_cage, mut guest, _script, installed) = guest(&[(libc::SYS_read, [0; 6])]);
+        let (say, said) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let receiver = scope.spawn(|| {
+                say.send(nix::unistd::gettid()).unwrap();
+                installed.listener.recv(None, -1).unwrap()
+            });
+            let at = format!("/proc/self/task/{}/syscall", said.recv().unwrap());
+            // The kernel names the call that a thread sleeps in.
+            let waits = [libc::SYS_ioctl, libc::SYS_poll].map(|nr| format!("{nr} "));
+            while !fs::read_to_string(&at).is_ok_and(|call| waits.iter().any(|w| call.starts_with(w))) {
+                std::thread::yield_now();
+            }
+            guest.kill();
+            assert_eq!(receiver.join().unwrap(), Received::Ended);
+        });
+    });
+}
+
+#[test]
 fn a_call_that_was_received_is_not_cancelled_by_a_signal() {
     let (cage, mut guest, script, installed) = guest(&[(libc::SYS_read, [0; 6])]);
     script.start(&mut guest);
