@@ -18,10 +18,11 @@
 //! outputs are [`poll_channel`](Session::poll_channel), [`poll_frame`](Session::poll_frame) and
 //! [`take_acks`](Session::take_acks) once [`next_timeout`](Session::next_timeout) has come.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use bytes::{BufMut, Bytes, BytesMut};
+use rustc_hash::FxHashMap;
 use thiserror::Error;
 
 use crate::frame::{HEADER_LEN, Header, MAX_PAYLOAD};
@@ -110,7 +111,8 @@ pub const fn channel_of(lane: u32) -> u32 {
 /// One end's memory of a conversation. See the module's documentation.
 #[derive(Debug, Default)]
 pub struct Session {
-    channels: HashMap<u32, Channel>,
+    // A peer can only choose among the numbers up to `CHANNELS`: no need of a hash that withstands it.
+    channels: FxHashMap<u32, Channel>,
     /// Channels with frames that the present connection has not taken.
     ready: VecDeque<u32>,
     /// Channels whose peer was not told everything.
@@ -162,7 +164,7 @@ impl Session {
     /// that the peer does not have becomes ready to be sent again.
     pub fn resume(&mut self, positions: &[(u32, u64)]) -> Result<(), SessionError> {
         self.disconnected();
-        let peer: HashMap<u32, u64> = positions.iter().copied().collect();
+        let peer: FxHashMap<u32, u64> = positions.iter().copied().collect();
         for (&channel, &claimed) in &peer {
             if claimed > 0 && !self.channels.contains_key(&channel) {
                 return Err(SessionError::BadPosition {

@@ -5,7 +5,7 @@
 //! control is read before the connection is *established*: before both ends have said hello, so that what arrives is
 //! counted against the right session.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -13,6 +13,7 @@ use quinn_proto::{
     Connection, ConnectionError, ConnectionHandle, Dir, Endpoint, Event, ReadError, ReadableError,
     StreamEvent, StreamId, WriteError,
 };
+use rustc_hash::FxHashMap;
 
 use super::control::{Control, PREAMBLE_LEN, preamble, read_preamble};
 use crate::frame::{Assembler, Frame, Header};
@@ -57,8 +58,8 @@ pub(super) struct Conn {
     pub(super) frames_received: u64,
     control_in: Incoming,
     control_out: Outgoing,
-    outgoing: HashMap<u32, Outgoing>,
-    incoming: HashMap<StreamId, Incoming>,
+    outgoing: FxHashMap<u32, Outgoing>,
+    incoming: FxHashMap<StreamId, Incoming>,
     /// Channels that wait for the peer to allow another stream.
     unopened: VecDeque<u32>,
 }
@@ -95,8 +96,8 @@ impl Conn {
             frames_received: 0,
             control_in: Incoming::default(),
             control_out: Outgoing::begin(None, CONTROL_CHANNEL, 0),
-            outgoing: HashMap::new(),
-            incoming: HashMap::new(),
+            outgoing: FxHashMap::default(),
+            incoming: FxHashMap::default(),
             unopened: VecDeque::new(),
         }
     }

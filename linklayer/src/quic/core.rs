@@ -120,6 +120,8 @@ pub(super) struct Core {
     requests: VecDeque<Request>,
     responses: VecDeque<(Transmit, Vec<u8>)>,
     scratch: Vec<u8>,
+    /// Something happened since [`Core::poll_transmit`] had nothing more to send.
+    stirred: bool,
     /// Counters of connections that are gone.
     past: Stats,
     options: Options,
@@ -191,6 +193,7 @@ impl Core {
             requests: VecDeque::new(),
             responses: VecDeque::new(),
             scratch: Vec::new(),
+            stirred: true,
             past: Stats::default(),
             options,
         }
@@ -198,6 +201,7 @@ impl Core {
 
     /// Takes a frame to be sent. On an error nothing has changed.
     pub(super) fn send(&mut self, lane: u32, header: Header, parts: &[&[u8]]) -> Result<(), LinkError> {
+        self.stirred = true;
         self.session.push(lane, header, parts)?;
         if let Some(conn) = current(&mut self.conns, self.current) {
             conn.write_ready(&mut self.session);
@@ -212,6 +216,7 @@ impl Core {
 
     /// Asks the peer to acknowledge everything now.
     pub(super) fn ask_acks(&mut self) {
+        self.stirred = true;
         if let Some(conn) = current(&mut self.conns, self.current) {
             conn.send_control(&Control::AckNow);
         }
@@ -226,6 +231,7 @@ impl Core {
         local_ip: Option<IpAddr>,
         data: BytesMut,
     ) {
+        self.stirred = true;
         self.scratch.clear();
         match self
             .endpoint
@@ -248,6 +254,7 @@ impl Core {
 
     /// To be called after a batch of [`Core::handle_datagram`].
     pub(super) fn advance(&mut self, now: Instant) {
+        self.stirred = true;
         let mut news = Vec::new();
         let mut at = 0;
         while at < self.conns.len() {
@@ -290,6 +297,7 @@ impl Core {
 
     /// The kernel says that nobody listens at the peer's address.
     pub(super) fn refused(&mut self, now: Instant) {
+        self.stirred = true;
         let state = self.refused.get_or_insert(RefusedState {
             since: now,
             count: 0,
@@ -305,6 +313,7 @@ impl Core {
 
     /// Time has come to `now`.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
+        self.stirred = true;
         if self.phase == Phase::Lost {
             return;
         }
@@ -372,6 +381,7 @@ impl Core {
 
     /// The main socket belongs to the connection in use from now on.
     pub(super) fn promoted(&mut self) {
+        self.stirred = true;
         if let Some(conn) = current(&mut self.conns, self.current) {
             conn.via = Via::Main;
         }
@@ -384,6 +394,10 @@ impl Core {
         segments: impl Fn(u16) -> usize,
         buffer: &mut Vec<u8>,
     ) -> Option<(Via, Transmit)> {
+        // To find nothing to send takes the connection almost as long as to make a small datagram.
+        if !self.stirred {
+            return None;
+        }
         if let Some((transmit, contents)) = self.responses.pop_front() {
             buffer.extend_from_slice(&contents);
             return Some((Via::Side, transmit));
@@ -394,6 +408,7 @@ impl Core {
                 return Some((conn.via, transmit));
             }
         }
+        self.stirred = false;
         None
     }
 
@@ -414,6 +429,7 @@ impl Core {
 
     /// Ends the link. What [`Core::poll_transmit`] gives afterwards tells the peer.
     pub(super) fn close(&mut self, now: Instant) {
+        self.stirred = true;
         if self.phase != Phase::Lost {
             self.phase = Phase::Lost;
             self.close_conns(now, code::DONE, "");
@@ -423,6 +439,7 @@ impl Core {
     /// Forgets the connection in use.
     #[cfg(test)]
     pub(super) fn drop_connection(&mut self, now: Instant) {
+        self.stirred = true;
         let in_use = self.current;
         self.drop_conns(|conn| Some(conn.handle) == in_use);
         self.interrupt(now);

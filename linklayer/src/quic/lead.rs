@@ -11,7 +11,6 @@
 //! and socket, bind, connect, setsockopt, getsockopt, getsockname, fcntl, getrandom, close to connect anew.
 
 use std::cell::Cell;
-use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -25,6 +24,7 @@ use nix::sys::eventfd::EventFd;
 use nix::sys::signal::SigSet;
 use nix::sys::time::TimeSpec;
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use rustc_hash::FxHashMap;
 
 use super::conn::Via;
 use super::core::{Core, Notice, Request};
@@ -86,7 +86,7 @@ pub(super) struct State {
     pub(super) options: Options,
     pub(super) leader: Leader,
     pub(super) next_leader: u64,
-    pub(super) calls: HashMap<CallKey, Waiter>,
+    pub(super) calls: FxHashMap<CallKey, Waiter>,
     /// Calls in the order they began, with some that are done.
     pub(super) order: Vec<CallKey>,
     /// Threads that wait for `progress`.
@@ -493,7 +493,7 @@ impl State {
             options,
             leader: Leader::Nobody,
             next_leader: 1,
-            calls: HashMap::new(),
+            calls: FxHashMap::default(),
             order: Vec::new(),
             waiting: 0,
             idle_asleep: false,

@@ -34,12 +34,12 @@ pub(super) struct Spin {
 impl Spin {
     /// Spins for at most `longest`; zero: never.
     pub(super) fn new(longest: Duration) -> Self {
-        let load = if longest.is_zero() {
+        let cores = available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(u32::MAX));
+        let load = if longest.is_zero() || cores == 1 {
             None
         } else {
             File::open("/proc/loadavg").ok()
         };
-        let cores = available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(u32::MAX));
         Self {
             longest,
             cores,
@@ -70,8 +70,7 @@ impl Spin {
             self.asked = Some(now);
             let mut text = [0; 64];
             let len = load.read_at(&mut text, 0).unwrap_or(0);
-            self.spare =
-                runnable(&text[..len]).is_some_and(|runnable| runnable <= self.cores) && self.cores > 1;
+            self.spare = runnable(&text[..len]).is_some_and(|runnable| runnable <= self.cores);
         }
         if self.spare { self.longest } else { Duration::ZERO }
     }
