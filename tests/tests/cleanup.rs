@@ -23,8 +23,12 @@ import os, subprocess, sys, threading, time
 os.setpgid(0, 0)
 def compute():
     while True: pass
+made = 0
 def make():
-    while True: subprocess.run(['sh', '-c', 'cat /proc/self/stat | cat'], stdout=subprocess.DEVNULL)
+    global made
+    while True:
+        subprocess.run(['sh', '-c', 'cat /proc/self/stat | cat'], stdout=subprocess.DEVNULL)
+        made += 1
 lock = threading.Lock()
 lock.acquire()
 end, _ = os.pipe()
@@ -35,7 +39,7 @@ if os.fork() == 0:
     os.setsid()
     time.sleep(1000)
 print(os.getpid(), flush=True)
-time.sleep(0.3)
+while made < 4: time.sleep(0.01)
 print('busy', flush=True)
 sys.stdin.readline()
 os._exit(0)
