@@ -16,7 +16,7 @@ use shim::vessel::Vessel;
 use crate::entry::Breakpoint;
 use crate::home::Home;
 use crate::hop::Hop;
-use crate::outward::{Ready, release, stayed};
+use crate::outward::{Ready, reason_of, release, stayed};
 use crate::process::{Away, Mode, Role, Task, send};
 use crate::road::{Description, Road};
 use crate::shared::{Command, Shared};
@@ -136,7 +136,7 @@ impl Home {
         stopped.set_regs(&regs)?;
         // Threads that a library's constructor started: a launch moves one thread.
         if self.tasks.values().filter(|t| t.pid == pid).count() > 1 {
-            process.stay_at_home(StayReason::NoNode("it has threads before its entry point".into()));
+            process.stay_at_home(StayReason::EarlyThreads);
             self.publish(pid);
             stopped.cont(0)?;
             return Ok(());
@@ -157,7 +157,7 @@ impl Home {
             Err(e) => {
                 tracing::info!(pid, error = format!("{e:#}"), "stays at home");
                 if let Some(process) = self.processes.get_mut(&pid) {
-                    process.stay_at_home(StayReason::NoNode(format!("{e:#}")));
+                    process.stay_at_home(reason_of(&e));
                 }
                 self.publish(pid);
                 release(threads)?;
@@ -170,7 +170,7 @@ impl Home {
     pub(crate) fn launch_ready(
         &mut self,
         pid: i32,
-        result: Result<Box<Arrived>, String>,
+        result: anyhow::Result<Box<Arrived>>,
     ) -> anyhow::Result<()> {
         let begun = Instant::now();
         let Some(process) = self.processes.get_mut(&pid) else {
@@ -196,12 +196,11 @@ impl Home {
         let (link, mut report, tracker) = match result {
             Ok(arrived) => (arrived.contact, arrived.report, arrived.tracker),
             Err(why) => {
-                tracing::warn!(pid, node, why, "not moved; it runs at home");
-                let (text, reason) = stayed(pid, Phase::Transfer, &why);
+                tracing::warn!(pid, node, why = format!("{why:#}"), "not moved; it runs at home");
                 if let Some(wish) = departure {
-                    wish.fail(text);
+                    wish.fail(stayed(pid, Phase::Transfer, &why));
                 }
-                process.stay = Some(reason);
+                process.stay = Some(reason_of(&why));
                 self.publish(pid);
                 return release(threads);
             }
@@ -229,7 +228,7 @@ impl Home {
                 send(&link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
                 tracing::warn!(pid, error = %e, "not emptied; it runs at home");
                 if let Some(wish) = departure {
-                    wish.fail(stayed(pid, Phase::Resume, &e.to_string()).0);
+                    wish.fail(stayed(pid, Phase::Resume, &anyhow::Error::msg(e.to_string())));
                 }
                 if whole.is_empty() {
                     return Err(anyhow::Error::new(e).context(format!("process {pid} could not be emptied")));
@@ -334,7 +333,9 @@ pub(crate) fn process_launch(shared: &Arc<Shared>, pid: i32, start: Start, mut d
                 report: MoveReport::default(),
             }),
         };
-        let result = ready.and_then(|ready| transfer(ready, description).map_err(|e| format!("{e:#}")));
+        let result = ready
+            .map_err(anyhow::Error::msg)
+            .and_then(|ready| transfer(ready, description));
         shared.post(Command::LaunchReady {
             pid,
             result: result.map(Box::new),
@@ -412,14 +413,12 @@ impl<'a> Namer<'a> {
             };
             let meta = file.metadata()?;
             if (meta.dev(), meta.ino()) == (dev, ino) {
-                anyhow::ensure!(meta.is_file(), "maps a device");
+                anyhow::ensure!(meta.is_file(), StayReason::DeviceMapping);
                 return Ok(file);
             }
         }
-        anyhow::bail!(
-            "the mapped file {} cannot be opened",
-            String::from_utf8_lossy(path)
-        )
+        let path = String::from_utf8_lossy(path).into_owned();
+        Err(StayReason::LostFile(path).into())
     }
 
     /// All files that were named.

@@ -12,6 +12,7 @@ use crossbeam_channel::Sender;
 use linklayer::pages::Writer;
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, MoveReport, Phase, Way};
+use shim::capture::{CaptureError, SendError};
 use shim::process::resident_bytes;
 use shim::ptrace::Stopped;
 use shim::track::Tracker;
@@ -73,10 +74,9 @@ impl Wish {
         let _ = self.done.send(Ok(report));
     }
 
-    fn fail_waiting(self, pid: i32) {
-        self.fail(format!(
-            "process {pid} is in a timed wait whose rest the kernel keeps; try again later"
-        ));
+    /// It did not, for a reason that lies in the process.
+    pub fn refuse(self, pid: i32, reason: &StayReason) {
+        self.fail(format!("process {pid} {reason}"));
     }
 
     /// It did not.
@@ -136,19 +136,17 @@ impl Home {
         };
         let moving = process.is_moving();
         match &process.mode {
-            _ if moving => wish.fail(format!("process {pid} is being moved at this moment")),
+            _ if moving => wish.refuse(pid, &StayReason::Moving),
             Mode::Away(away) if away.node == wish.node => wish.fulfil(MoveReport::default()),
             Mode::Away(_) => self.hop(pid, wish),
-            Mode::Launching(..) => wish.fail(format!("process {pid} is being moved at this moment")),
-            Mode::Native if process.frozen => {
-                wish.fail(format!("process {pid} is frozen; continue it first"));
-            }
+            Mode::Launching(..) => wish.refuse(pid, &StayReason::Moving),
+            Mode::Native if process.frozen => wish.refuse(pid, &StayReason::Frozen),
             Mode::Native if process.vforking > 0 => {
                 // Its thread stops only when its child has given the memory back.
                 process.after_vfork.push((pid, wish));
             }
             Mode::Native if self.tasks.values().any(|t| t.pid == pid && t.group_stopped) => {
-                wish.fail(format!("process {pid} is stopped; continue it first"));
+                wish.refuse(pid, &StayReason::Stopped);
             }
             Mode::Native => self.prepare(pid, wish),
         }
@@ -284,8 +282,11 @@ impl Home {
         let (mut image, files) = match described {
             Ok(described) => described,
             Err(e) => {
-                let why = format!("process {pid} stays at home: {}: {e:#}", Phase::Dump);
-                leaving.wish.fail(why);
+                leaving.wish.fail(stayed(pid, Phase::Dump, &e));
+                if let Some(process) = self.processes.get_mut(&pid) {
+                    process.stay = Some(reason_of(&e));
+                }
+                self.publish(pid);
                 return release(threads);
             }
         };
@@ -316,7 +317,7 @@ impl Home {
     fn try_again(&mut self, pid: i32, mut leaving: Leaving, threads: Vec<Stopped>) -> anyhow::Result<()> {
         release(threads)?;
         if leaving.wish.tries == 0 {
-            leaving.wish.fail_waiting(pid);
+            leaving.wish.refuse(pid, &StayReason::TimedWait);
             return Ok(());
         }
         leaving.wish.tries -= 1;
@@ -345,7 +346,7 @@ impl Home {
         release(threads)?;
         let Some(mut wish) = wish else { return Ok(()) };
         if wish.tries == 0 {
-            wish.fail_waiting(pid);
+            wish.refuse(pid, &StayReason::TimedWait);
             return Ok(());
         }
         wish.tries -= 1;
@@ -433,8 +434,27 @@ pub(crate) fn release(threads: Vec<Stopped>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Why a process that leaves home is at home, when the move fails.
-pub(crate) fn stayed(pid: i32, phase: Phase, why: &str) -> (String, StayReason) {
-    let text = format!("process {pid} stays at home: {phase}: {why}");
-    (text, StayReason::NoNode(why.to_string()))
+/// What is said when a process that leaves home is at home.
+pub(crate) fn stayed(pid: i32, phase: Phase, why: &anyhow::Error) -> String {
+    format!("process {pid} stays at home: {phase}: {why:#}")
+}
+
+/// Why it is, as one of the reasons that there are.
+pub(crate) fn reason_of(why: &anyhow::Error) -> StayReason {
+    let known = why.chain().find_map(|cause| {
+        let refused = cause.downcast_ref().map(|e| match e {
+            SendError::Refused(reason) => Some(reason),
+            _ => None,
+        });
+        let unsuitable = cause.downcast_ref().map(|e| match e {
+            CaptureError::Unsuitable(reason) => Some(reason),
+            _ => None,
+        });
+        cause
+            .downcast_ref::<StayReason>()
+            .or(refused.flatten())
+            .or(unsuitable.flatten())
+    });
+    let other = || StayReason::NoNode(format!("{why:#}"));
+    known.cloned().unwrap_or_else(other)
 }

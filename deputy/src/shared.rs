@@ -35,7 +35,7 @@ pub enum Command {
         /// Process.
         pid: i32,
         /// What it got there with, or why not.
-        result: Result<Box<Arrived>, String>,
+        result: anyhow::Result<Box<Arrived>>,
     },
     /// Create a child or thread.
     Clone(ReplyTo, wire::Clone),

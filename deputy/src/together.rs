@@ -16,7 +16,7 @@ use shim::ptrace::Stopped;
 use shim::vessel::Vessel;
 
 use crate::home::Home;
-use crate::outward::{Wish, release};
+use crate::outward::{Wish, reason_of, release};
 use crate::process::{Mode, send};
 use crate::road::Description;
 use crate::shared::Command;
@@ -91,7 +91,7 @@ impl Home {
             let known = &self.processes;
             group.members.retain(|pid| known.contains_key(pid));
             if !group.members.contains(&first) {
-                return self.not_together(first, &format!("process {first} has ended"));
+                return self.not_together(first, &anyhow::anyhow!("process {first} has ended"));
             }
             if let Some(busy) = group
                 .members
@@ -144,18 +144,21 @@ impl Home {
         }
     }
 
-    fn cannot_join(&self, pid: i32) -> Option<String> {
-        let with = "with which it shares memory";
+    fn cannot_join(&self, pid: i32) -> Option<anyhow::Error> {
+        let because = |reason: StayReason| {
+            let whom = format!("process {pid}, with which it shares memory");
+            Some(anyhow::Error::new(reason).context(whom))
+        };
         let process = self.processes.get(&pid)?;
         if !matches!(process.mode, Mode::Native) || process.leaving.is_some() || process.breakpoint.is_some()
         {
-            return Some(format!("process {pid}, {with}, is being moved at this moment"));
+            return because(StayReason::Moving);
         }
         if process.together.is_some() {
-            return Some(format!("process {pid}, {with}, is being moved at this moment"));
+            return because(StayReason::Moving);
         }
         if self.tasks.values().any(|t| t.pid == pid && t.group_stopped) {
-            return Some(format!("process {pid}, {with}, is stopped; continue it first"));
+            return because(StayReason::Stopped);
         }
         None
     }
@@ -197,17 +200,17 @@ impl Home {
     }
 
     /// It does not come about: everybody goes on at home.
-    fn not_together(&mut self, first: i32, why: &str) -> anyhow::Result<()> {
+    fn not_together(&mut self, first: i32, why: &anyhow::Error) -> anyhow::Result<()> {
         let Some(group) = self.together.remove(&first) else {
             return Ok(());
         };
-        tracing::info!(pid = first, why, "stays at home");
+        tracing::info!(pid = first, why = format!("{why:#}"), "stays at home");
         self.ungroup(group.members.iter().copied());
         match group.wish {
-            Some(wish) => wish.fail(format!("process {first} stays at home: {why}")),
+            Some(wish) => wish.fail(format!("process {first} stays at home: {why:#}")),
             None => {
                 if let Some(process) = self.processes.get_mut(&first) {
-                    process.stay = Some(StayReason::NoNode(why.to_string()));
+                    process.stay = Some(reason_of(why));
                 }
                 self.publish(first);
             }
@@ -263,7 +266,7 @@ impl Home {
                     unknown |= !self.settle_waits(&mut image);
                     described.push(Description { image, files });
                 }
-                Err(e) => failed = Some(format!("process {pid}: {e:#}")),
+                Err(e) => failed = Some(e.context(format!("process {pid}"))),
             }
         }
         let tokens = |stopped: Vec<(i32, Vec<Stopped>)>| stopped.into_iter().flat_map(|(_, t)| t).collect();
@@ -403,7 +406,7 @@ impl Home {
 
 /// Says who shares memory with the group and does not belong to the job: a process that was there before the job, or that
 /// cannot be traced.
-fn strangers(members: &BTreeSet<i32>) -> Option<String> {
+fn strangers(members: &BTreeSet<i32>) -> Option<anyhow::Error> {
     let objects: HashSet<(u64, u64)> = members.iter().flat_map(|pid| shared_objects(*pid)).collect();
     if objects.is_empty() {
         return None;
@@ -415,18 +418,16 @@ fn strangers(members: &BTreeSet<i32>) -> Option<String> {
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
         .filter(|pid| !members.contains(pid))
         .find(|pid| shared_objects(*pid).iter().any(|o| objects.contains(o)))
-        .map(|pid| format!("it shares memory with process {pid}, which is not one of this job"))
+        .map(|pid| StayReason::Stranger(pid).into())
 }
 
 /// Says who has one address space with another: such a pair is not built elsewhere.
-fn one_memory(members: &BTreeSet<i32>) -> Option<String> {
+fn one_memory(members: &BTreeSet<i32>) -> Option<anyhow::Error> {
     members.iter().find_map(|one| {
         let other = members
             .range(one + 1..)
             .find(|other| shim::process::same_memory(*one, **other) == Some(true))?;
-        Some(format!(
-            "process {other} has the memory of process {one} (CLONE_VM)"
-        ))
+        Some(anyhow::Error::new(StayReason::OneMemory(*one)).context(format!("process {other}")))
     })
 }
 

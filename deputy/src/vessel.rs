@@ -14,7 +14,7 @@ use shim::vessel::{Slot, Vessel};
 use crate::calls::{self, Worker};
 use crate::home::Home;
 use crate::launch::Namer;
-use crate::outward::Done;
+use crate::outward::{Done, reason_of};
 use crate::process::{Away, Cloning, Mode, Process, Role, Task, send};
 use crate::signals;
 
@@ -37,11 +37,11 @@ impl Home {
         let described = shim::capture::describe_tracked(pid, &mut threads, 0, tracked, |f| {
             namer
                 .name(f.start, f.end, f.dev, f.ino, f.path)
-                .map_err(|e| format!("{e:#}"))
+                .map_err(|e| reason_of(&e))
         });
         let described = described.map_err(anyhow::Error::from).and_then(|mut image| {
             if let Some(reason) = unmovable(&image) {
-                anyhow::bail!("{reason}");
+                return Err(reason.into());
             }
             self.carry(&mut image);
             Ok((image, namer.files()))

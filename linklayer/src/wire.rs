@@ -15,6 +15,7 @@ use bincode::{Decode, Encode};
 pub use moves::*;
 
 use crate::image::ProcessImage;
+use crate::stay::StayReason;
 
 /// Version of everything in this module; the ends compare it in [`Hello`].
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -542,11 +543,11 @@ pub struct Launch {
     pub overruns: Vec<(i32, i32)>,
 }
 
-/// Answer to [`Launch`]: 0, or why it can not run there.
+/// Answer to [`Launch`].
 #[derive(Clone, Debug, Encode, Decode)]
 pub struct LaunchReady {
-    /// Empty when it may run there.
-    pub refused: String,
+    /// Why it cannot run there, if so.
+    pub refused: Option<StayReason>,
     /// How long building it took, microseconds.
     pub restore_us: u64,
 }

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use linklayer::image::{PAGE, RESERVED};
 use linklayer::pages::Writer;
+use linklayer::stay::StayReason;
 use linklayer::wire::{Kind, Mode, MoveReport, Phase, Progress};
 
 use crate::capture::{
@@ -52,7 +53,7 @@ impl Tracker {
             .iter()
             .any(|l| [b"um", b"uw", b"ui"].iter().any(|mark| l.flags.contains(*mark)));
         if own {
-            return Err(CaptureError::Unsuitable("it uses userfaultfd".into()));
+            return Err(CaptureError::Unsuitable(StayReason::Userfaultfd));
         }
         let site = vdso_site(pid)?;
         let mut calls = RemoteCalls::begin(Stopped::assume(pid, stopped.stop()), site)?;
@@ -63,10 +64,10 @@ impl Tracker {
         let mut api = [UFFD_API, FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED, 0];
         // SAFETY: the request reads and writes a struct uffdio_api, three words.
         if unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) } < 0 {
-            return Err(CaptureError::Unsuitable(format!(
-                "this kernel does not tell which pages change (userfaultfd with asynchronous write protection, Linux 6.7): {}",
+            return Err(CaptureError::Unsuitable(StayReason::Hidden(format!(
+                "which pages change (userfaultfd with asynchronous write protection, Linux 6.7): {}",
                 io::Error::last_os_error()
-            )));
+            ))));
         }
         let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
         Ok(Tracker { pid, uffd, pagemap })

@@ -278,3 +278,60 @@ print('sent')
     running.write("go\n");
     assert_eq!(running.wait(), End::Code(4));
 }
+
+/// A process that cannot leave home says why, and goes on there.
+#[test]
+fn processes_that_stay_at_home() {
+    let lab = or_skip!(Lab::shared());
+    let prepare = [
+        (
+            "maps a file shared and writable",
+            "f = open('/tmp/mapped', 'w+b'); f.truncate(4096); os.unlink('/tmp/mapped'); m = mmap.mmap(f.fileno(), 4096)",
+        ),
+        (
+            "uses io_uring",
+            "libc = ctypes.CDLL(None); ring = libc.syscall(425, 8, (ctypes.c_char * 120)()); assert ring >= 0; m = mmap.mmap(ring, 4096)",
+        ),
+        (
+            "uses userfaultfd",
+            "libc = ctypes.CDLL(None); fd = libc.syscall(323, 0); assert fd >= 0
+assert libc.ioctl(fd, 0xc018aa3f, struct.pack('QQQ', 0xaa, 0, 0)) == 0
+m = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+at = ctypes.addressof(ctypes.c_char.from_buffer(m))
+assert libc.ioctl(fd, 0xc020aa00, struct.pack('QQQQ', at, 4096, 1, 0)) == 0",
+        ),
+        ("is stopped", "os.kill(os.getpid(), signal.SIGSTOP)"),
+    ];
+    for (reason, prepare) in prepare {
+        let script = format!(
+            "import ctypes, mmap, os, signal, struct, sys\nprint(os.getpid(), flush=True)\n{prepare}\nprint('ready', flush=True)\nsys.stdin.readline()\nsys.exit(6)"
+        );
+        let mut running = Running::start(&lab, How::Home, ["python3", "-c", &script]);
+        let pid = running.number();
+        let stopped = reason == "is stopped";
+        if stopped {
+            wait_for("the stop", Duration::from_secs(10), || {
+                let state = lab.inspect(1, format!("ps -o stat= -p {pid}"));
+                state.to_uppercase().starts_with('T')
+            });
+        } else {
+            assert_eq!(running.line(), "ready");
+        }
+        let run = |words: &[&str]| lab.exec(1).args(words).output().expect("mosctl can be started");
+        let pid = pid.to_string();
+        let moved = run(&["mosmigrate", &pid, "2"]);
+        assert!(!moved.status.success(), "{}", text(&moved));
+        assert!(text(&moved).contains(reason), "{reason:?}: {}", text(&moved));
+        if stopped {
+            run(&["kill", "-CONT", &pid]);
+            assert_eq!(running.line(), "ready");
+        } else {
+            let list = run(&["mosps"]);
+            let shown = String::from_utf8_lossy(&list.stdout);
+            let line = shown.lines().find(|l| l.contains(&pid)).unwrap_or_default();
+            assert!(line.contains(reason), "{shown}");
+        }
+        running.write("\n");
+        assert_eq!(running.wait(), End::Code(6), "{reason}");
+    }
+}

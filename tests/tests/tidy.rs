@@ -11,11 +11,12 @@ use tests::build::workspace;
 const MAX_LINES: usize = 900;
 
 /// The documents that people read first.
-const DOCUMENTS: [&str; 5] = [
+const DOCUMENTS: [&str; 6] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "docs/STAY-REASONS.md",
     "docs/SYSCALLS.md",
 ];
 
@@ -210,16 +211,21 @@ fn every_kind_can_be_read() {
 }
 
 #[test]
-fn the_document_of_system_calls_is_what_mosctl_prints() {
-    let output = Command::new(tests::build::programs().join("mosctl"))
-        .args(["syscalls", "--markdown"])
-        .output()
-        .expect("mosctl can be started");
-    assert!(output.status.success());
-    assert!(
-        output.stdout == read("docs/SYSCALLS.md").into_bytes(),
-        "write docs/SYSCALLS.md anew: mosctl syscalls --markdown > docs/SYSCALLS.md"
-    );
+fn generated_documents_are_what_mosctl_prints() {
+    for (verb, document) in [
+        ("syscalls", "docs/SYSCALLS.md"),
+        ("stay-reasons", "docs/STAY-REASONS.md"),
+    ] {
+        let output = Command::new(tests::build::programs().join("mosctl"))
+            .args([verb, "--markdown"])
+            .output()
+            .expect("mosctl can be started");
+        assert!(output.status.success());
+        assert!(
+            output.stdout == read(document).into_bytes(),
+            "write {document} anew: mosctl {verb} --markdown > {document}"
+        );
+    }
 }
 
 /// Whether a quoted word of a document is meant as a file of the repository.

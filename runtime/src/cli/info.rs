@@ -1,9 +1,11 @@
-//! `mosctl check` and `mosctl syscalls`: what this kernel can do, and what becomes of each system call.
+//! `mosctl check`, `mosctl syscalls` and `mosctl stay-reasons`: what this kernel can do, what becomes of each system call, and why
+//! processes do not move.
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Args;
+use linklayer::stay::{self, StayReason};
 use shim::probe::{self, Need, Outcome};
 
 /// Try every kernel feature that is used, and say what is missing, what that costs, and how to get it
@@ -27,6 +29,14 @@ pub struct SyscallsArgs {
     /// Print the commands of fcntl, ioctl, prctl and the like as well
     #[arg(long, short, conflicts_with = "markdown")]
     verbose: bool,
+}
+
+/// Print why a process may be at home, may have to go there, or does not move
+#[derive(Debug, Args)]
+pub struct StayReasonsArgs {
+    /// Print the document that they are part of (docs/STAY-REASONS.md)
+    #[arg(long)]
+    markdown: bool,
 }
 
 impl CheckArgs {
@@ -71,6 +81,24 @@ impl CheckArgs {
         } else {
             ExitCode::FAILURE
         })
+    }
+}
+
+impl StayReasonsArgs {
+    /// Carries the command out.
+    ///
+    /// # Errors
+    /// Standard output cannot be written.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let mut out = std::io::stdout().lock();
+        if self.markdown {
+            out.write_all(stay::markdown().as_bytes())?;
+        } else {
+            for reason in StayReason::all() {
+                writeln!(out, "{}: {reason}\n    {}", reason.name(), reason.meaning())?;
+            }
+        }
+        Ok(ExitCode::SUCCESS)
     }
 }
 

@@ -9,7 +9,7 @@ use clap::{Args, Command, CommandFactory, Parser, Subcommand};
 use super::adopt::{AdoptArgs, ReleaseArgs};
 use super::cluster::ClusterCommand;
 use super::docs::{CompletionsArgs, ManArgs};
-use super::info::{CheckArgs, SyscallsArgs};
+use super::info::{CheckArgs, StayReasonsArgs, SyscallsArgs};
 use super::migrate::MigrateArgs;
 use super::mon::MonArgs;
 use super::ps::PsArgs;
@@ -41,6 +41,7 @@ enum Verb {
     Release(ReleaseArgs),
     Check(CheckArgs),
     Syscalls(SyscallsArgs),
+    StayReasons(StayReasonsArgs),
     Lab(LabCommand),
     Man(ManArgs),
     Completions(CompletionsArgs),
@@ -127,6 +128,7 @@ fn run(verb: Verb) -> ExitCode {
         Verb::Release(args) => args.run(),
         Verb::Check(args) => args.run(),
         Verb::Syscalls(args) => args.run(),
+        Verb::StayReasons(args) => args.run(),
         Verb::Man(args) => args.run(),
         Verb::Completions(args) => args.run(),
         Verb::Lab(lab) => match lab.run() {
@@ -172,6 +174,7 @@ mod tests {
             "mosctl mon --interval 0.5 --once",
             "mosctl check",
             "mosctl syscalls --markdown",
+            "mosctl stay-reasons --markdown",
             "mosctl man /tmp/x",
             "mosctl completions bash",
             "mosctl lab status",

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use linklayer::frame::Header;
 use linklayer::pages::{self, Kept};
 use linklayer::quic::{Fingerprint, Handler, Link, LinkError, LinkListener, OneTimeKey, Options, ReplyTo};
+use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, Listening, Place};
 use parking_lot::Mutex;
 
@@ -234,8 +235,8 @@ fn prepare(shared: &Arc<Shared>, arriving: Arriving, answer: ReplyTo) -> Result<
                     answer,
                 })));
             }
-            Err(refused) => {
-                let restore_us = 0;
+            Err(why) => {
+                let (refused, restore_us) = (Some(StayReason::NoNode(why)), 0);
                 answer.send(&[&wire::encode(&wire::LaunchReady { refused, restore_us })]);
             }
         }

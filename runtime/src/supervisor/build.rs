@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use linklayer::image::{AreaKind, ProcessImage};
+use linklayer::stay::StayReason;
 use linklayer::wire;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use shim::cage::{Cage, CageOptions};
@@ -30,10 +31,13 @@ impl Tracer {
         let pid = build.launch.image.pid;
         let begun = build.begun;
         let refused = match self.build_guest(build) {
-            Ok(()) => String::new(),
+            Ok(()) => None,
             Err(e) => {
                 self.remove_half_built(pid);
-                format!("{e:#}")
+                Some(match e.downcast::<StayReason>() {
+                    Ok(reason) => reason,
+                    Err(e) => StayReason::NoNode(format!("{e:#}")),
+                })
             }
         };
         self.shared.objects.forget(pid);
@@ -68,10 +72,7 @@ impl Tracer {
             self.cage = Some(Cage::new(options).context("cage")?);
         }
         let lacks = self.shared.lacks.get().map_or("", String::as_str);
-        anyhow::ensure!(
-            lacks.is_empty(),
-            "the program may use instructions that this node's processor lacks: {lacks} (mosrun --cpu baseline keeps it from that)"
-        );
+        anyhow::ensure!(lacks.is_empty(), StayReason::Cpu(lacks.into()));
         self.await_end(pid)?;
         let cage = self.cage.as_ref().context("cage")?;
         let objects = self.objects_of(&image);

@@ -226,10 +226,8 @@ impl Tracer {
         // Nothing but our memfds backs files here, and they carry their number.
         let described =
             shim::capture::describe_tracked(guest.outer, &mut tokens, guest.pass_key, tracked, |file| {
-                Err(format!(
-                    "{} is no file of home",
-                    String::from_utf8_lossy(file.path)
-                ))
+                let path = String::from_utf8_lossy(file.path).into_owned();
+                Err(StayReason::LostFile(path))
             });
         for token in tokens {
             let outer = token.tid();

@@ -13,6 +13,7 @@ use linklayer::image::{
     AltStack, Area, AreaFlags, AreaKind, Clocks, Limit, MmFields, PAGE, ProcessImage, Prot, RESERVED,
     Rewound, SIGNALS, SigAction, ThreadImage,
 };
+use linklayer::stay::StayReason;
 
 use crate::memory::ProcessMemory;
 use crate::ptrace::{PendingQueue, PtraceError, Stopped};
@@ -41,8 +42,8 @@ pub enum CaptureError {
     #[error("/proc: {0}")]
     Proc(#[from] io::Error),
     /// It cannot be moved as it is.
-    #[error("{0}")]
-    Unsuitable(String),
+    #[error("it {0}")]
+    Unsuitable(StayReason),
 }
 
 impl CaptureError {
@@ -74,8 +75,15 @@ pub struct FileArea<'a> {
 fn area(
     line: &MapLine,
     tracked: bool,
-    name: &mut dyn FnMut(&FileArea<'_>) -> Result<u64, String>,
+    name: &mut dyn FnMut(&FileArea<'_>) -> Result<u64, StayReason>,
 ) -> Result<Area, CaptureError> {
+    let kernel = matches!(line.path.as_slice(), b"[vdso]" | b"[vvar]" | b"[vvar_vclock]");
+    if line.path == b"anon_inode:[io_uring]" {
+        return Err(CaptureError::Unsuitable(StayReason::IoUring));
+    }
+    if !kernel && (line.flags.contains(b"io") || line.flags.contains(b"pf")) {
+        return Err(CaptureError::Unsuitable(StayReason::DeviceMapping));
+    }
     let kind = match line.path.as_slice() {
         b"[vdso]" => AreaKind::Vdso,
         b"[vvar]" => AreaKind::Vvar,
@@ -116,23 +124,19 @@ fn area(
     } else {
         &[b"um", b"uw", b"ui"]
     };
-    for (marks, what) in [
-        (&[b"ht"][..], "huge pages of hugetlbfs"),
-        (foreign, "userfaultfd"),
-        (&[b"ss"], "a shadow stack"),
-        (&[b"gu"], "guard regions"),
+    for (marks, reason) in [
+        (&[b"ht"][..], StayReason::HugePages),
+        (foreign, StayReason::Userfaultfd),
+        (&[b"ss"], StayReason::ShadowStack),
+        (&[b"gu"], StayReason::GuardRegions),
     ] {
         if marks.iter().any(|mark| line.flags.contains(mark)) {
-            return Err(CaptureError::Unsuitable(format!("it uses {what}")));
+            return Err(CaptureError::Unsuitable(reason));
         }
-    }
-    let kernel = matches!(kind, AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock);
-    if !kernel && (line.flags.contains(b"io") || line.flags.contains(b"pf")) {
-        return Err(CaptureError::Unsuitable("it maps a device".into()));
     }
     // The kernel itself takes a key for memory that may only be executed.
     if line.protection_key != 0 && line.prot.0 != Prot::EXEC {
-        return Err(CaptureError::Unsuitable("it uses protection keys".into()));
+        return Err(CaptureError::Unsuitable(StayReason::ProtectionKeys));
     }
     Ok(Area {
         start: line.range.start,
@@ -156,7 +160,7 @@ pub(crate) fn vdso_bytes(pid: i32) -> Result<(u64, Vec<u8>), CaptureError> {
     let vdso = lines
         .iter()
         .find(|l| l.path == b"[vdso]")
-        .ok_or_else(|| CaptureError::Unsuitable("it has no vDSO".into()))?;
+        .ok_or_else(|| CaptureError::Unsuitable(StayReason::Hidden("it has no vDSO".into())))?;
     let mut code = vec![0; (vdso.range.end - vdso.range.start) as usize];
     ProcessMemory::new(pid).read_forced(vdso.range.start, &mut code)?;
     Ok((vdso.range.start, code))
@@ -174,7 +178,11 @@ pub fn vdso_site(pid: i32) -> Result<u64, CaptureError> {
     code.windows(2)
         .position(|w| w == [0x0f, 0x05])
         .map(|at| start + at as u64)
-        .ok_or_else(|| CaptureError::Unsuitable("its vDSO has no system call instruction".into()))
+        .ok_or_else(|| {
+            CaptureError::Unsuitable(StayReason::Hidden(
+                "its vDSO has no system call instruction".into(),
+            ))
+        })
 }
 
 /// Describes a process all of whose threads are in event stops (`threads`, the leader first). `key` lets calls pass its filter (0: it
@@ -187,7 +195,7 @@ pub fn describe(
     pid: i32,
     threads: &mut [Stopped],
     key: u64,
-    name: impl FnMut(&FileArea<'_>) -> Result<u64, String>,
+    name: impl FnMut(&FileArea<'_>) -> Result<u64, StayReason>,
 ) -> Result<ProcessImage, CaptureError> {
     describe_tracked(pid, threads, key, false, name)
 }
@@ -201,7 +209,7 @@ pub fn describe_tracked(
     threads: &mut [Stopped],
     key: u64,
     tracked: bool,
-    mut name: impl FnMut(&FileArea<'_>) -> Result<u64, String>,
+    mut name: impl FnMut(&FileArea<'_>) -> Result<u64, StayReason>,
 ) -> Result<ProcessImage, CaptureError> {
     // A leader that has ended shows nothing of the process.
     let by = threads.first().map_or(pid, Stopped::tid);
@@ -212,9 +220,7 @@ pub fn describe_tracked(
             continue;
         }
         if line.range.start < RESERVED.end && RESERVED.start < line.range.end {
-            return Err(CaptureError::Unsuitable(
-                "it maps memory at addresses that are kept for moving it".into(),
-            ));
+            return Err(CaptureError::Unsuitable(StayReason::ReservedAddresses));
         }
         areas.push(area(&line, tracked, &mut name)?);
     }
@@ -272,7 +278,7 @@ fn leave_reserved(token: &mut Stopped) -> Result<(), CaptureError> {
     if !inside(&regs) {
         return Ok(());
     }
-    let refused = || CaptureError::Unsuitable("a thread is in a call of the vDSO".into());
+    let refused = || CaptureError::Unsuitable(StayReason::InVdso);
     if regs.orig_rax as i64 >= 0 {
         // Its call would be made again at an address that home has not.
         return Err(refused());
@@ -309,7 +315,7 @@ fn before_calls(token: &Stopped) -> Result<ThreadImage, CaptureError> {
     let mut regs = token.regs()?;
     // Segment 0x33 is 64-bit user code (arch/x86/include/asm/segment.h, __USER_CS).
     if regs.cs != 0x33 {
-        return Err(CaptureError::Unsuitable("it runs 32-bit code".into()));
+        return Err(CaptureError::Unsuitable(StayReason::NotX86_64));
     }
     let mut rewound = None;
     let code = regs.rax as i64;
@@ -395,11 +401,14 @@ fn ask(
         [0, 0, _] => words[3],
         // A kernel without CONFIG_CHECKPOINT_RESTORE does not tell.
         [0, _, _] => {
-            return Err(CaptureError::Unsuitable(
-                "the kernel hides its clear-child-tid addresses".into(),
-            ));
+            let what = "clear-child-tid addresses".into();
+            return Err(CaptureError::Unsuitable(StayReason::Hidden(what)));
         }
-        _ => return Err(CaptureError::Unsuitable("its signal stack cannot be read".into())),
+        _ => {
+            return Err(CaptureError::Unsuitable(StayReason::Hidden(
+                "signal stacks".into(),
+            )));
+        }
     };
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use linklayer::pages::Writer;
 use linklayer::quic::{Link, LinkError};
+use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, Launch, LaunchReady, Malformed, MoveReport};
 use thiserror::Error;
 
@@ -25,7 +26,7 @@ pub enum SendError {
     Malformed(#[from] Malformed),
     /// The other end does not take it.
     #[error("refused by the node: {0}")]
-    Refused(String),
+    Refused(StayReason),
 }
 
 /// Sends a process, of which some pages may have been sent while it ran (`tracker` tells which have changed since), and waits
@@ -58,8 +59,8 @@ pub fn send_process(
     let asked = Instant::now();
     let answer = link.ask(pid, Kind::LaunchBuild, &wire::encode(&wire::Pid(pid)))?;
     let ready: LaunchReady = wire::decode(&answer)?;
-    if !ready.refused.is_empty() {
-        return Err(SendError::Refused(ready.refused));
+    if let Some(reason) = ready.refused {
+        return Err(SendError::Refused(reason));
     }
     let waited = asked.elapsed().as_micros() as u64;
     report.times.restore_us = ready.restore_us.min(waited);

@@ -1,11 +1,13 @@
 //! What the tests of process surgery share: small C guests, started under trace.
 #![allow(dead_code)] // no test uses all of it
 
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use linklayer::image::ProcessImage;
+use linklayer::stay::StayReason;
 use shim::memory::ProcessMemory;
 use shim::ptrace::{self, Options, Status, Stop, Stopped, Target, wait, wait_stop};
 
@@ -169,8 +171,9 @@ pub fn capture(pid: i32, threads: &mut [Stopped]) -> Captured {
             return Ok(at as u64);
         }
         known.push((file.dev, file.ino));
-        let path = std::str::from_utf8(file.path).map_err(|e| e.to_string())?;
-        files.push(std::fs::File::open(path).map_err(|e| format!("{path}: {e}"))?);
+        let path = std::ffi::OsStr::from_bytes(file.path);
+        let lost = |_| StayReason::LostFile(path.to_string_lossy().into_owned());
+        files.push(std::fs::File::open(path).map_err(lost)?);
         Ok(files.len() as u64 - 1)
     })
     .unwrap();

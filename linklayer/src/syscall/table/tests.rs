@@ -1,7 +1,7 @@
 use super::*;
 use crate::syscall::kind::{Actual, Arg, Buf, Disposition, HomeReason, Kind, Scalar, Size};
 use crate::syscall::sub::SubTable;
-use crate::syscall::{LocalRule, local_rule, markdown, resolve};
+use crate::syscall::{LocalRule, local_rule, resolve};
 use std::collections::{BTreeMap, BTreeSet};
 
 #[test]
@@ -329,19 +329,4 @@ fn every_reason_has_a_number_and_words() {
     }
     assert_eq!(HomeReason::from_number(0), None);
     assert_eq!(HomeReason::from_number(HomeReason::ALL.len() as u8 + 1), None);
-}
-
-/// The document in the repository is the table's. With `MOSRUN_WRITE_DOCS=1` it is written.
-#[test]
-fn the_document_is_up_to_date() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/SYSCALLS.md");
-    if std::env::var_os("MOSRUN_WRITE_DOCS").is_some() {
-        std::fs::create_dir_all(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs")).unwrap();
-        std::fs::write(path, markdown()).unwrap();
-    }
-    let document = std::fs::read_to_string(path).unwrap_or_default();
-    assert!(
-        document == markdown(),
-        "write docs/SYSCALLS.md anew: MOSRUN_WRITE_DOCS=1 cargo nextest run -p linklayer document"
-    );
 }
