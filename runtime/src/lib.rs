@@ -9,6 +9,7 @@ pub mod job_id;
 pub mod jobs;
 pub mod lab;
 pub mod launcher;
+pub mod pagestore;
 pub mod placement;
 pub mod rundir;
 pub mod supervisor;
