@@ -62,6 +62,13 @@ impl Contact {
                     reply.send(&[&shared.files.read(r.id, r.offset, r.len)])
                 });
             }
+            Kind::FileHashes => {
+                let r: wire::FileRead = body(&payload)?;
+                let shared = shared.clone();
+                spawn("hashes", move || {
+                    reply.send(&[&shared.files.hashes(r.id, r.offset, r.len)])
+                });
+            }
             Kind::MapFile => {
                 let request: wire::MapFile = body(&payload)?;
                 let shared = shared.clone();

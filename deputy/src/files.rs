@@ -7,8 +7,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use linklayer::image::PAGE;
 use linklayer::stay::StayReason;
-use linklayer::wire::{FileKey, FileRef, MapFile, MapFileReply};
+use linklayer::wire::{FileKey, FileRef, MAX_HASHED_BYTES, MapFile, MapFileReply};
 use parking_lot::Mutex;
 
 use crate::shared::next_id;
@@ -98,6 +99,29 @@ impl Files {
         }
         data.truncate(got);
         data
+    }
+
+    /// The hashes of the pages of a range ([`linklayer::wire::Kind::FileHashes`]), as far as the file goes.
+    pub fn hashes(&self, id: u64, offset: u64, len: u32) -> Vec<u8> {
+        let mut hashes = Vec::new();
+        let len = u64::from(len.min(MAX_HASHED_BYTES));
+        let mut at = 0;
+        while at < len {
+            let mut data = self.read(
+                id,
+                offset.saturating_add(at),
+                MAX_READ_BYTES.min((len - at) as u32),
+            );
+            if data.is_empty() {
+                break;
+            }
+            at += data.len() as u64;
+            data.resize(data.len().next_multiple_of(PAGE as usize), 0);
+            for page in data.chunks(PAGE as usize) {
+                hashes.extend_from_slice(blake3::hash(page).as_bytes());
+            }
+        }
+        hashes
     }
 
     /// Answers what a mmap(2) of the vessel's descriptor (here as `fd`, a duplicate) is to become on the other node.
@@ -215,6 +239,27 @@ mod tests {
             panic!("no key")
         };
         assert_ne!(a, b);
+    }
+
+    #[test]
+    fn hashes_are_those_of_the_pages_as_they_are_mapped() {
+        let Ok(mut f) = tempfile() else { panic!("no file") };
+        let content: Vec<u8> = (0..3 * PAGE + 7).map(|i| (i / 100) as u8).collect();
+        assert!(f.write_all(&content).is_ok());
+        let files = Files::default();
+        let Ok(file) = files.register(f, Vec::new()) else {
+            panic!("not registered")
+        };
+        let mut mapped = content;
+        mapped.resize(4 * PAGE as usize, 0);
+        let wanted: Vec<u8> = mapped
+            .chunks(PAGE as usize)
+            .flat_map(|page| *blake3::hash(page).as_bytes())
+            .collect();
+        assert_eq!(files.hashes(file.id, 0, u32::MAX), wanted);
+        assert_eq!(files.hashes(file.id, PAGE, 2 * PAGE as u32), wanted[32..96]);
+        assert!(files.hashes(file.id, 1 << 40, 4096).is_empty());
+        assert!(files.hashes(file.id + 1, 0, 4096).is_empty());
     }
 
     fn tempfile() -> std::io::Result<File> {

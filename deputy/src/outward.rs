@@ -374,6 +374,7 @@ fn make_ready(shared: &Arc<Shared>, pid: i32, node: u32, mode: wire::Mode) -> Re
     };
     if ready.road.has_link() {
         announce_files(shared, pid, &ready.road);
+        ready.road.learn_known(pid, &mut ready.writer);
     }
     if wanted && let Err(why) = precopy(shared, pid, &mut ready) {
         if mode == wire::Mode::Precopy {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use linklayer::image::ProcessImage;
+use linklayer::pages::Writer;
 use linklayer::quic::{Fingerprint, Link, OneTimeKey, Options, SendOnly};
 use linklayer::wire::{self, FileRef, Kind, LARGE_BYTES, Launch, Listening, Place};
 
@@ -16,7 +17,7 @@ pub struct Road {
     /// The contact to it.
     pub contact: Link,
     /// A link for this process alone.
-    bulk: Option<Link>,
+    bulk: Option<(Link, Place)>,
 }
 
 /// What it takes to build a process, but its pages.
@@ -54,23 +55,18 @@ impl Road {
         };
         if size_bytes > LARGE_BYTES {
             match road.open_bulk(pid) {
-                Ok(link) => road.bulk = Some(link),
+                Ok(bulk) => road.bulk = Some(bulk),
                 Err(e) => tracing::warn!(pid, node, error = format!("{e:#}"), "pages go on the contact"),
             }
         }
         Ok(road)
     }
 
-    fn open_bulk(&self, pid: i32) -> anyhow::Result<Link> {
+    fn open_bulk(&self, pid: i32) -> anyhow::Result<(Link, Place)> {
         let (place, key) = listen(&self.contact, pid)?;
         let peer = Fingerprint(place.fingerprint);
-        Ok(Link::connect(
-            place.addr,
-            &key,
-            peer,
-            Arc::new(SendOnly),
-            Options::of_process(),
-        )?)
+        let link = Link::connect(place.addr, &key, peer, Arc::new(SendOnly), Options::of_process())?;
+        Ok((link, place))
     }
 
     /// Whether pages can be sent while the process runs.
@@ -80,7 +76,14 @@ impl Road {
 
     /// Where its pages go.
     pub fn link(&self) -> &Link {
-        self.bulk.as_ref().unwrap_or(&self.contact)
+        self.bulk.as_ref().map_or(&self.contact, |(link, _)| link)
+    }
+
+    /// Asks which pages are there already, so that they go as hashes.
+    pub fn learn_known(&self, pid: i32, writer: &mut Writer) {
+        if let Some((link, place)) = &self.bulk {
+            shim::capture::learn_known(link, pid, place, writer);
+        }
     }
 }
 
@@ -109,7 +112,7 @@ impl Description {
 impl Drop for Road {
     fn drop(&mut self) {
         // What was sent on it has been answered, or is of no use any more.
-        if let Some(link) = self.bulk.take() {
+        if let Some((link, _)) = self.bulk.take() {
             link.close();
         }
     }

@@ -1,16 +1,20 @@
 //! Pages of memory on their way: how they are written into frames, and how they are kept until their process is built.
 //!
 //! A frame of [`Kind::Pages`] is an address (u64, little-endian) and the bytes. One of [`Kind::PackedPages`] is an address, a
-//! length (u32), and the bytes as an lz4 block; no bytes at all mean zeros.
+//! length (u32), and the bytes as an lz4 block; no bytes at all mean zeros. One of [`Kind::KnownPages`] is an address and the hashes of
+//! pages that the receiver has (see [`known`]).
+
+pub mod known;
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use thiserror::Error;
 
 use crate::image::{PAGE, USER_END};
 use crate::wire::{Kind, PageCounts};
+use known::{Finder, Known, Source};
 
 /// Most bytes of memory in one frame.
 pub const CHUNK_BYTES: usize = 256 << 10;
@@ -70,17 +74,32 @@ pub fn decode(kind: Kind, payload: &[u8]) -> Result<Piece<'_>, PagesError> {
     Ok(Piece { address, data })
 }
 
-/// Writes memory into frames: zeros as marks, the rest compressed where that pays.
+/// Writes memory into frames: zeros as marks, what the receiver knows as hashes, the rest compressed where that pays.
 #[derive(Debug, Default)]
 pub struct Writer {
     /// What was written so far.
     pub counts: PageCounts,
+    known: Finder,
     /// Chunks that are still sent as they are.
     raw: u32,
     packed: Vec<u8>,
 }
 
 impl Writer {
+    /// The receiver says that it has these pages.
+    pub fn knows(&mut self, known: Known) {
+        self.known = Finder::new(known);
+    }
+
+    /// The receiver had not all that went as hashes: these pages are to be written again, and from now on all go as they are.
+    pub fn was_missing(&mut self, runs: &[(u64, u64)]) {
+        let pages = runs.iter().map(|(start, end)| end.saturating_sub(*start) / PAGE);
+        let pages = pages.sum::<u64>().min(self.counts.stored);
+        self.counts.stored -= pages;
+        self.counts.saved_bytes -= pages * PAGE;
+        self.known = Finder::default();
+    }
+
     /// Writes whole pages, at most [`CHUNK_BYTES`] of them, and gives the frames to `sink`.
     ///
     /// # Errors
@@ -111,6 +130,32 @@ impl Writer {
                 self.counts.zero += pages;
                 self.counts.bytes += 12;
                 sink(Kind::PackedPages, &[&to, &((end - at) as u32).to_le_bytes()])?;
+            } else {
+                self.write_content(address + at as u64, &data[at..end], sink)?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Writes pages that are not zeros.
+    fn write_content<E>(
+        &mut self,
+        address: u64,
+        data: &[u8],
+        sink: &mut impl FnMut(Kind, &[&[u8]]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut at = 0;
+        for run in self.known.find(data).chunk_by(|a, b| a.is_some() == b.is_some()) {
+            let to = (address + at as u64).to_le_bytes();
+            let end = (at + run.len() * PAGE as usize).min(data.len());
+            let pages = run.len() as u64;
+            if run.iter().all(Option::is_some) {
+                let hashes: Vec<u8> = run.iter().flatten().flatten().copied().collect();
+                self.counts.stored += pages;
+                self.counts.saved_bytes += pages * PAGE;
+                self.counts.bytes += 8 + hashes.len() as u64;
+                sink(Kind::KnownPages, &[&to, &hashes])?;
             } else {
                 self.write_run(&to, &data[at..end], pages, sink)?;
             }
@@ -159,6 +204,8 @@ struct Block {
 pub struct Kept {
     blocks: BTreeMap<u64, Block>,
     bytes: usize,
+    /// Pages that came as hashes and were not there.
+    missing: BTreeSet<u64>,
 }
 
 impl std::fmt::Debug for Kept {
@@ -173,6 +220,64 @@ impl Kept {
     /// Bytes that are kept.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Takes up a frame of pages, of which at most `limit` bytes may be there. What comes as a hash is had from `source`.
+    ///
+    /// # Errors
+    /// [`PagesError`].
+    pub fn take(
+        &mut self,
+        kind: Kind,
+        payload: &[u8],
+        source: &dyn Source,
+        limit: usize,
+    ) -> Result<(), PagesError> {
+        if kind != Kind::KnownPages {
+            return self.put(&decode(kind, payload)?, limit);
+        }
+        let (mut address, hashes) = known::decode(payload)?;
+        let mut page = [0; PAGE as usize];
+        for hash in hashes {
+            if source.page(hash, &mut page) {
+                let data = Cow::Borrowed(&page[..]);
+                self.put(&Piece { address, data }, limit)?;
+            } else {
+                self.lack(address, limit)?;
+            }
+            address += PAGE;
+        }
+        Ok(())
+    }
+
+    /// A page is not there; what came before is not what it is.
+    fn lack(&mut self, address: u64, limit: usize) -> Result<(), PagesError> {
+        if let Some(block) = self.blocks.get_mut(&(address / BLOCK)) {
+            let bit = 1 << ((address % BLOCK) / PAGE);
+            if block.pages & bit != 0 {
+                block.pages &= !bit;
+                self.bytes -= PAGE as usize;
+            }
+        }
+        self.missing.insert(address);
+        if self.bytes + self.missing.len() * PAGE as usize > limit {
+            return Err(PagesError::TooMany);
+        }
+        Ok(())
+    }
+
+    /// Pages that came as hashes and have to be sent as they are: their runs, at most so many.
+    pub fn missing(&self, most: usize) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for at in &self.missing {
+            let full = runs.len() == most;
+            match runs.last_mut() {
+                Some((_, end)) if end == at => *end += PAGE,
+                _ if full => break,
+                _ => runs.push((*at, at + PAGE)),
+            }
+        }
+        runs
     }
 
     /// Keeps whole pages, of which at most `limit` bytes may be there.
@@ -199,6 +304,9 @@ impl Kept {
             }
             let start = (at % BLOCK) as usize;
             block.data[start..start + PAGE as usize].copy_from_slice(page);
+            if !self.missing.is_empty() {
+                self.missing.remove(&at);
+            }
             at += PAGE;
         }
         Ok(())
@@ -206,13 +314,13 @@ impl Kept {
 
     /// Drops the pages outside of these runs, which are in the order of addresses.
     pub fn retain(&mut self, runs: &[(u64, u64)]) {
-        let mut runs = runs.iter().peekable();
+        let mut rest = runs.iter().peekable();
         let mut bytes = 0;
         self.blocks.retain(|number, block| {
             for page in 0..BLOCK / PAGE {
                 let at = number * BLOCK + page * PAGE;
-                while runs.next_if(|(_, end)| *end <= at).is_some() {}
-                if runs.peek().is_none_or(|(start, _)| *start > at) {
+                while rest.next_if(|(_, end)| *end <= at).is_some() {}
+                if rest.peek().is_none_or(|(start, _)| *start > at) {
                     block.pages &= !(1 << page);
                 }
             }
@@ -220,6 +328,11 @@ impl Kept {
             block.pages != 0
         });
         self.bytes = bytes;
+        let within = |at: &u64| {
+            let after = runs.partition_point(|(start, _)| start <= at);
+            after > 0 && runs[after - 1].1 > *at
+        };
+        self.missing.retain(within);
     }
 
     /// What is kept, in the order of addresses.

@@ -38,6 +38,9 @@ pub const MASK_WANTED: i64 = i64::MIN + 0x7474;
 /// Largest bincode body that is decoded, in bytes.
 pub const MAX_BODY_BYTES: usize = 4 << 20;
 
+/// Most bytes of a file whose hashes are asked for at a time.
+pub const MAX_HASHED_BYTES: u32 = 64 << 20;
+
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u16)]
@@ -72,6 +75,14 @@ pub enum Kind {
     Pages = 12,
     /// The same compressed (see [`crate::pages`]).
     PackedPages = 44,
+    /// The same as hashes of pages that the receiver has (see [`crate::pages::known`]).
+    KnownPages = 70,
+    /// To a supervisor, on the link of a process that is going to come: which pages have you (empty body)? Answer: raw bytes
+    /// ([`crate::pages::known::Known::encode`]).
+    Known = 71,
+    /// Supervisor to deputy: the hashes of the pages of a range of a file ([`FileRead`], at most [`MAX_HASHED_BYTES`]); answer: raw bytes, 32 for
+    /// each page, up to the end of the file. What is missing to a whole last page counts as zeros.
+    FileHashes = 72,
     /// Pages of memory that processes that move share: u64 id of the [`SharedObject`], u64 offset (little-endian) and the
     /// bytes, in either direction. On the lane of the process that announced the object.
     SharedPages = 50,
@@ -147,7 +158,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_u16(n: u16) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 44] = [
+        const ALL: [Kind; 47] = [
             Call,
             Clone,
             Exec,
@@ -192,6 +203,9 @@ impl Kind {
             Prefetch,
             WouldStop,
             Stops,
+            KnownPages,
+            Known,
+            FileHashes,
         ];
         ALL.into_iter().find(|k| *k as u16 == n)
     }
@@ -550,6 +564,9 @@ pub struct LaunchReady {
     pub refused: Option<StayReason>,
     /// How long building it took, microseconds.
     pub restore_us: u64,
+    /// Begin and end of runs of pages that came as hashes and are not there, at most [`MAX_RUNS`]. With any, nothing was built: these
+    /// are to be sent as they are, and the question is to be asked again.
+    pub missing: Vec<(u64, u64)>,
 }
 
 /// A signal on its way to a guest.
@@ -590,7 +607,7 @@ mod tests {
             }
         }
         assert!(Kind::from_u16(0).is_none());
-        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 44);
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 47);
     }
 
     #[test]

@@ -55,6 +55,7 @@ impl Supervisor {
             peer_fingerprint: key.fingerprint().0,
             listen: "127.0.0.1".parse().unwrap(),
             limits: SupervisorLimits::default(),
+            store: None,
         };
         config.write_to(&mut child.stdin.take().unwrap()).unwrap();
         let answer = SupervisorAnswer::read_from(&mut child.stdout.take().unwrap()).unwrap();

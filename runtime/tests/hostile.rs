@@ -313,8 +313,8 @@ fn mistakes_of_the_administrator_are_named() {
     let done = mosd(&node, &[]);
     done.assert_fails("unknown field `nise`");
     assert_eq!(done.0.status.code(), Some(2));
-    assert!(done.stderr().contains("mosd.toml:12: "), "{}", done.stderr());
-    node.mosctl(&["cluster", "invite"]).assert_fails("mosd.toml:12: ");
+    assert!(done.stderr().contains("mosd.toml:14: "), "{}", done.stderr());
+    node.mosctl(&["cluster", "invite"]).assert_fails("mosd.toml:14: ");
     node.configure("");
     assert!(
         mosd(&node, &["--check-config"])

@@ -59,7 +59,7 @@ fn what_the_supervisor_made_and_nothing_else() {
         cat /proc/1/mountinfo | sort | sed 's/^/mount /'
         sed -n 's/^.* \\([@/].*\\)$/unix \\1/p' /proc/net/unix | sort
         sed 1d /proc/net/tcp /proc/net/tcp6 | wc -l
-        find /proc/1/root -xdev | grep -v -e '^/proc/1/root/proc' -e '/state/' | sort
+        find /proc/1/root -xdev | grep -v -e '^/proc/1/root/proc' -e '/state/' -e '/store' | sort
         ip -br address";
     let before = (processes(&lab), lines(&lab, 2, state));
     let udp = "cat /proc/net/udp /proc/net/udp6 | grep -vc local";

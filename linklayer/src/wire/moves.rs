@@ -36,6 +36,8 @@ pub struct Place {
     pub addr: SocketAddr,
     /// Fingerprint of the one-time key of who waits.
     pub fingerprint: [u8; 32],
+    /// Whether it has pages in its page store, so that it is worth asking which ([`Kind::Known`](super::Kind::Known)).
+    pub knows: bool,
 }
 
 /// How the memory of a process is moved.
@@ -213,8 +215,12 @@ pub struct PageCounts {
     pub zero: u64,
     /// Of them, those that went compressed.
     pub compressed: u64,
+    /// Of them, those that went as a hash, because the receiver had them in its page store.
+    pub stored: u64,
     /// Bytes that were sent for them.
     pub bytes: u64,
+    /// Bytes of those that were in the receiver's page store.
+    pub saved_bytes: u64,
 }
 
 impl std::ops::AddAssign for Times {
@@ -234,7 +240,9 @@ impl std::ops::AddAssign for PageCounts {
         self.pages += other.pages;
         self.zero += other.zero;
         self.compressed += other.compressed;
+        self.stored += other.stored;
         self.bytes += other.bytes;
+        self.saved_bytes += other.saved_bytes;
     }
 }
 

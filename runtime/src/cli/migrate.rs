@@ -286,6 +286,13 @@ fn text(pid: u32, report: &MoveReport) -> String {
         p.compressed,
         bytes(p.bytes)
     );
+    if p.stored > 0 {
+        let saved = bytes(p.saved_bytes);
+        out += &format!(
+            "  page store         {} pages were there, {saved} saved\n",
+            p.stored
+        );
+    }
     if !report.note.is_empty() {
         out += &format!("  {}\n", report.note);
     }

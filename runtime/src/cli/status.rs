@@ -9,8 +9,9 @@ use serde::Serialize;
 use super::ps;
 use super::table::{Align, Table, bytes};
 use crate::cluster::state::NodeState;
-use crate::control::{Client, ClientError, DaemonStatus};
+use crate::control::{Client, ClientError, DaemonStatus, NodeStore};
 use crate::jobs::{Counters, JobInfo};
+use crate::pagestore::Counts;
 
 /// Show the nodes, the jobs of this node, and what was counted
 #[derive(Debug, Args)]
@@ -128,6 +129,22 @@ impl Status {
                 daemon.listen
             )?;
             write_nodes(out, &daemon.nodes)?;
+            for NodeStore { node, counts } in daemon
+                .page_stores
+                .iter()
+                .filter(|s| s.counts != Counts::default())
+            {
+                writeln!(
+                    out,
+                    "page stores of node {node}: {} in {} pages, {} hits saved {}, {} evicted, {} corrupt",
+                    bytes(counts.bytes),
+                    counts.entries,
+                    counts.hits,
+                    bytes(counts.saved_bytes),
+                    counts.evicted,
+                    counts.corrupt
+                )?;
+            }
             for hosted in &daemon.supervisors {
                 writeln!(
                     out,

@@ -17,6 +17,7 @@ use super::token::{InviteId, InviteSecret};
 use crate::codec::{self, CodecError};
 use crate::control::{Failure, Placement};
 use crate::job_id::JobId;
+use crate::pagestore::Counts;
 
 const MAGIC: [u8; 4] = *b"MOSC";
 /// Lowest version of the control protocol that this program speaks.
@@ -160,6 +161,8 @@ pub struct Introduction {
 pub enum PeerRequest {
     /// Start a supervisor for a job of the asking node.
     Supervisor(RemoteSupervisor),
+    /// What have your page stores done?
+    PageStores,
 }
 
 /// A supervisor is wanted. The asking node vouches for the user: it has them from the kernel.
@@ -182,6 +185,8 @@ pub struct RemoteSupervisor {
 pub enum PeerAnswer {
     /// To [`PeerRequest::Supervisor`].
     Placed(Placement),
+    /// To [`PeerRequest::PageStores`]: those of all users together.
+    PageStores(Counts),
     /// It was not done.
     Failed(Failure),
 }

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cluster::state::NodeState;
 use crate::job_id::JobId;
+use crate::pagestore::Counts;
 
 /// The first bytes of both directions.
 pub const PREAMBLE: [u8; 4] = *b"MOSd";
@@ -98,6 +99,17 @@ pub struct DaemonStatus {
     pub nodes: Vec<NodeState>,
     /// Supervisors here, for jobs of other nodes.
     pub supervisors: Vec<HostedJob>,
+    /// The page stores of the nodes that answered.
+    pub page_stores: Vec<NodeStore>,
+}
+
+/// The page stores of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct NodeStore {
+    /// Number of the node.
+    pub node: u32,
+    /// What they have and have done, those of all users together.
+    pub counts: Counts,
 }
 
 /// A job of another node that has a supervisor here.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 
 use crate::cluster::store::StateDir;
+use crate::pagestore;
 use crate::rundir;
 use crate::supervisor::SupervisorLimits;
 
@@ -42,6 +43,13 @@ pub const TEMPLATE: &str = r#"# Configuration of mosd, the mosrun daemon. Every 
 #max_memory = "4GiB"
 # Whether a daemon that is not root takes jobs of other users (they all run as its own user).
 #other_users = false
+
+[store]
+# What of a user's programs has been here is kept, so that it need not be sent again: so much for each user, on the disk.
+# "0" is nothing, and removes what is there; else from "1MiB" to "16GiB".
+#limit = "256MiB"
+# Where. (A user's own daemon: $XDG_CACHE_HOME/mosrun, else ~/.cache/mosrun)
+#dir = "/var/cache/mosrun"
 
 [load]
 # Speed of a core, 1000 being the reference. Measured when not given.
@@ -92,6 +100,8 @@ pub struct Config {
     pub node: NodeConfig,
     /// `[guests]`
     pub guests: GuestConfig,
+    /// `[store]`
+    pub store: PageStoreConfig,
     /// `[load]`
     pub load: LoadConfig,
     /// `[membership]`
@@ -189,6 +199,26 @@ impl GuestConfig {
     }
 }
 
+/// `[store]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PageStoreConfig {
+    /// What the page store of a user may take, in bytes; 0: there is none.
+    #[serde(rename = "limit", deserialize_with = "store_size")]
+    pub limit_bytes: u64,
+    /// Where the page stores are.
+    pub dir: Option<PathBuf>,
+}
+
+impl Default for PageStoreConfig {
+    fn default() -> Self {
+        PageStoreConfig {
+            limit_bytes: 256 << 20,
+            dir: None,
+        }
+    }
+}
+
 /// `[load]`
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -269,6 +299,30 @@ fn nice<'de, D: Deserializer<'de>>(from: D) -> Result<i32, D::Error> {
 
 fn size<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
     let text = String::deserialize(from)?;
+    match parse_size(&text) {
+        Some(bytes) if bytes > 0 => Ok(Some(bytes)),
+        _ => Err(no_size(&text)),
+    }
+}
+
+fn store_size<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    let text = String::deserialize(from)?;
+    match parse_size(&text) {
+        Some(bytes @ (0 | pagestore::MIN_BYTES..=pagestore::MAX_BYTES)) => Ok(bytes),
+        Some(_) => Err(serde::de::Error::custom(format!(
+            "{text:?} is neither \"0\" nor between \"1MiB\" and \"16GiB\""
+        ))),
+        None => Err(no_size(&text)),
+    }
+}
+
+fn no_size<E: serde::de::Error>(text: &str) -> E {
+    E::custom(format!(
+        "{text:?} is no size: write \"512MiB\" or \"4GiB\", for example"
+    ))
+}
+
+fn parse_size(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
     let unit = match text[digits.len()..].trim() {
         "" | "B" => Some(0),
@@ -278,13 +332,7 @@ fn size<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
         "TiB" | "T" => Some(40),
         _ => None,
     };
-    let bytes = unit.and_then(|shift| digits.trim().parse::<u64>().ok()?.checked_mul(1 << shift));
-    let bad = || {
-        serde::de::Error::custom(format!(
-            "{text:?} is no size: write \"512MiB\" or \"4GiB\", for example"
-        ))
-    };
-    bytes.filter(|b| *b > 0).map(Some).ok_or_else(bad)
+    unit.and_then(|shift| digits.trim().parse::<u64>().ok()?.checked_mul(1 << shift))
 }
 
 impl Config {
@@ -338,6 +386,7 @@ impl Config {
         for path in [
             &mut config.node.state_dir,
             &mut config.node.rundir,
+            &mut config.store.dir,
             &mut config.log.file,
         ]
         .into_iter()
@@ -370,6 +419,11 @@ impl Config {
             ));
         }
         Ok(config)
+    }
+
+    /// Where the page stores of users are.
+    pub fn store_dir(&self) -> PathBuf {
+        self.store.dir.clone().unwrap_or_else(pagestore::default_dir)
     }
 
     /// The state directory.
@@ -418,6 +472,12 @@ mod tests {
             .collect();
         let all = parse(&uncommented).unwrap();
         assert_eq!(all.guests.max_memory, Some(4 << 30));
+        assert_eq!(all.store.limit_bytes, defaults.store.limit_bytes);
+        assert_eq!(parse("[store]\nlimit = \"0\"").unwrap().store.limit_bytes, 0);
+        assert_eq!(
+            parse("[store]\nlimit = \"1GiB\"").unwrap().store.limit_bytes,
+            1 << 30
+        );
         let same = Config {
             log: defaults.log.clone(),
             guests: defaults.guests.clone(),
@@ -439,6 +499,11 @@ mod tests {
             ("[guests]\nnice = 40", 2, "between 0 and 19"),
             ("[guests]\nmax_memory = \"much\"", 2, "no size"),
             ("[guests]\naccept = \"some\"", 2, "some"),
+            ("[store]\nlimit = \"1KiB\"", 2, "between"),
+            ("[store]\nlimit = \"17GiB\"", 2, "between"),
+            ("[store]\nlimit = \"\"", 2, "no size"),
+            ("[store]\nlimit = 5", 2, "string"),
+            ("[store]\n\nsize = \"1MiB\"", 3, "size"),
             ("[membership]\nprobe_ms = 1", 2, "between"),
             ("[membership]\nprobe_ms = 9000\nsuspect_ms = 1000", 3, "shorter"),
             ("[node]\nadvertise = \"0.0.0.0:1\"", 2, "dial"),

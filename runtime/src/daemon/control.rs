@@ -1,6 +1,7 @@
 //! The daemon's unix socket, for the programs of this machine.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -16,9 +17,11 @@ use super::frames::{self, within};
 use super::node::Node;
 use super::supervise;
 use crate::cluster::protocol::{PeerAnswer, PeerRequest, RemoteSupervisor};
+use crate::cluster::state::NodeStatus;
 use crate::codec::CodecError;
 use crate::control::{
-    Answer, Failure, FailureKind, MAX_REQUEST, PREAMBLE, Placement, Request, SupervisorRequest, VERSION,
+    Answer, DaemonStatus, Failure, FailureKind, MAX_REQUEST, NodeStore, PREAMBLE, Placement, Request,
+    SupervisorRequest, VERSION,
 };
 use crate::rundir;
 use crate::supervisor::SupervisorConfig;
@@ -29,6 +32,9 @@ const MAX_CONNECTIONS: usize = 512;
 const IDLE: Duration = Duration::from_secs(300);
 /// How long a client may take for its first bytes.
 const GREETING: Duration = Duration::from_secs(5);
+
+/// How long another node may take to say what its page stores have done.
+const STORES: Duration = Duration::from_millis(500);
 
 /// The socket. Dropping it removes it.
 #[derive(Debug)]
@@ -152,7 +158,7 @@ async fn serve(node: &Arc<Node>, mut stream: UnixStream) -> Result<(), CodecErro
         };
         let answer = match request {
             Request::Nodes => Answer::Nodes(node.table.lock().states(Instant::now())),
-            Request::Status => Answer::Status(node.status()),
+            Request::Status => Answer::Status(status(node).await),
             Request::Supervisor(wanted) => match supervisor(node, &caller, wanted).await {
                 Ok(placement) => Answer::Placed(placement),
                 Err(failure) => Answer::Failed(failure),
@@ -160,6 +166,36 @@ async fn serve(node: &Arc<Node>, mut stream: UnixStream) -> Result<(), CodecErro
         };
         frames::write(&mut stream, &answer).await?;
     }
+}
+
+/// What is said of this node, and by the others of their page stores.
+async fn status(node: &Arc<Node>) -> DaemonStatus {
+    let mut status = node.status();
+    let asked: Vec<_> = status
+        .nodes
+        .iter()
+        .filter(|other| other.is_self || other.status == NodeStatus::Alive)
+        .map(|other| tokio::spawn(page_stores(node.clone(), other.number, other.addr)))
+        .collect();
+    for answer in asked {
+        if let Ok(Some(store)) = answer.await {
+            status.page_stores.push(store);
+        }
+    }
+    status
+}
+
+async fn page_stores(node: Arc<Node>, number: u32, addr: Option<SocketAddr>) -> Option<NodeStore> {
+    let counts = if number == node.id.number {
+        node.page_stores().await
+    } else {
+        let asked = node.ask(number, addr?, &PeerRequest::PageStores);
+        match within(STORES, asked).await?.ok()? {
+            PeerAnswer::PageStores(counts) => counts,
+            _ => return None,
+        }
+    };
+    Some(NodeStore { node: number, counts })
 }
 
 async fn supervisor(
@@ -193,6 +229,7 @@ async fn supervisor(
             peer_fingerprint,
             listen: std::net::Ipv4Addr::LOCALHOST.into(),
             limits: node.config.guests.limits(),
+            store: None,
         };
         return supervise::start(node, config).await;
     }
@@ -217,6 +254,10 @@ async fn supervisor(
     match node.ask(number, addr, &request).await {
         Ok(PeerAnswer::Placed(placement)) => Ok(placement),
         Ok(PeerAnswer::Failed(failure)) => Err(failure),
+        Ok(PeerAnswer::PageStores(_)) => Err(Failure::new(
+            FailureKind::Protocol,
+            format!("node {number} ({}) answers something else", record.name),
+        )),
         Err(e) => Err(e.failure(number, &record.name)),
     }
 }

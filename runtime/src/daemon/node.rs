@@ -20,6 +20,7 @@ use crate::cluster::protocol::Introduction;
 use crate::cluster::store::{Credentials, MAX_MEMBERS, StateDir};
 use crate::cluster::tls::{self, TlsError};
 use crate::control::DaemonStatus;
+use crate::pagestore::{self, Counts};
 
 /// Members told in an introduction, so that it stays well below the limit of a message.
 const MAX_INTRODUCED: usize = if MAX_MEMBERS < 2048 { MAX_MEMBERS } else { 2048 };
@@ -166,6 +167,13 @@ impl Node {
             .is_some_and(|max| self.hosted.count() >= max)
     }
 
+    /// What the page stores here have and have done.
+    pub async fn page_stores(&self) -> Counts {
+        let dir = self.config.store_dir();
+        let counted = tokio::task::spawn_blocking(move || pagestore::counts(&dir)).await;
+        counted.unwrap_or_default()
+    }
+
     /// What it says of itself.
     pub fn status(&self) -> DaemonStatus {
         DaemonStatus {
@@ -181,6 +189,7 @@ impl Node {
             advertised: self.id.addr,
             nodes: self.table.lock().states(Instant::now()),
             supervisors: self.hosted.list(),
+            page_stores: Vec::new(),
         }
     }
 }

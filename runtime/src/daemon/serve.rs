@@ -184,6 +184,7 @@ async fn request(
                 Err(failure) => PeerAnswer::Failed(failure),
             }
         }
+        Some(Ok(PeerRequest::PageStores)) => PeerAnswer::PageStores(node.page_stores().await),
         Some(Err(e)) => {
             tracing::info!("request of node {} ({}): {e}", peer.number, peer.name);
             let _ = receive.stop(1u32.into());
@@ -229,5 +230,6 @@ fn config(
             listen
         },
         limits: node.config.guests.limits(),
+        store: None,
     }
 }

@@ -17,6 +17,7 @@ use super::control::ControlSocket;
 use super::node::Node;
 use super::spawner::Spawner;
 use super::{logging, membership, serve, upkeep};
+use crate::pagestore;
 
 /// Set for the process that [`background`] starts.
 const BACKGROUND: &str = "MOSD_BACKGROUND";
@@ -64,6 +65,11 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             node.id.addr,
             rundir.display()
         );
+        if node.config.store.limit_bytes == 0
+            && let Err(e) = pagestore::remove_all(&node.config.store_dir())
+        {
+            tracing::warn!("page stores that are not wanted: {e}");
+        }
         tokio::spawn(membership::run(node.clone(), events));
         tokio::spawn(serve::run(node.clone()));
         tokio::spawn(upkeep::loads(node.clone()));

@@ -17,7 +17,8 @@ use super::node::Node;
 use crate::codec::CodecError;
 use crate::control::{Failure, FailureKind, HostedJob, Placement};
 use crate::daemon::config::Accept;
-use crate::supervisor::{self, SupervisorAnswer, SupervisorConfig, answer_and_detach};
+use crate::pagestore;
+use crate::supervisor::{self, StoreConfig, SupervisorAnswer, SupervisorConfig, answer_and_detach};
 
 /// How long a new supervisor may take until it listens.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -34,12 +35,29 @@ fn refused(text: impl Into<String>) -> Failure {
     Failure::new(FailureKind::Refused, text)
 }
 
+/// The page store of the job's user. Without one the job is held all the same.
+fn store(node: &Node, config: &SupervisorConfig) -> Option<StoreConfig> {
+    let limit_bytes = node.config.store.limit_bytes;
+    if limit_bytes == 0 {
+        return None;
+    }
+    let dir = node.config.store_dir();
+    match pagestore::prepare(&dir, config.uid, config.gid) {
+        Ok(dir) => Some(StoreConfig::new(&dir, limit_bytes)),
+        Err(e) => {
+            tracing::warn!("no page store for uid {}: {e}", config.uid);
+            None
+        }
+    }
+}
+
 /// Starts a supervisor here, and returns when it listens.
 ///
 /// # Errors
 /// Why there is none.
-pub async fn start(node: &Arc<Node>, config: SupervisorConfig) -> Result<Placement, Failure> {
+pub async fn start(node: &Arc<Node>, mut config: SupervisorConfig) -> Result<Placement, Failure> {
     check(node, &config)?;
+    config.store = store(node, &config);
     let begun = Instant::now();
     let mut command = Command::new(&node.program);
     command

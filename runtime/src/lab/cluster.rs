@@ -78,7 +78,7 @@ fn make_in(
             mode: 0o644,
             text: format!(
                 "[node]\nlisten = \"{address}:{DEFAULT_PORT}\"\nstate_dir = \"{0}/state\"\nrundir = \"{0}\"\n\n\
-                 [load]\n# The nodes of a lab are equally fast, so that is not measured.\nspeed = 1000\n",
+                 [store]\ndir = \"{0}/store\"\n\n[load]\n# The nodes of a lab are equally fast, so that is not measured.\nspeed = 1000\n",
                 rundir.display()
             ),
         });

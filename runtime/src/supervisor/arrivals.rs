@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use linklayer::frame::Header;
-use linklayer::pages::{self, Kept};
+use linklayer::pages::Kept;
+use linklayer::pages::known::{Nothing, Source};
 use linklayer::quic::{Fingerprint, Handler, Link, LinkError, LinkListener, OneTimeKey, Options, ReplyTo};
 use linklayer::stay::StayReason;
-use linklayer::wire::{self, Kind, Listening, Place};
+use linklayer::wire::{self, Kind, Listening, MAX_RUNS, Place};
 use parking_lot::Mutex;
 
 use super::contact::Build;
@@ -34,7 +35,15 @@ pub fn bind(shared: &Shared) -> Result<(LinkListener, Place), LinkError> {
     let fingerprint = key.fingerprint().0;
     let listener = LinkListener::bind(SocketAddr::new(shared.listen, 0), key)?;
     let addr = listener.local_addr();
-    Ok((listener, Place { addr, fingerprint }))
+    let knows = false;
+    Ok((
+        listener,
+        Place {
+            addr,
+            fingerprint,
+            knows,
+        },
+    ))
 }
 
 /// A process that is not complete yet.
@@ -43,11 +52,24 @@ pub struct Arriving {
     launch: Option<wire::Launch>,
     pages: Kept,
     present: Option<Vec<(u64, u64)>>,
+    /// It has a link of its own, so it is large enough that its pages are worth keeping.
+    own_link: bool,
+}
+
+/// What follows from a frame about a process that comes.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// More frames.
+    More,
+    /// These pages have to be sent as they are.
+    Missing(Vec<(u64, u64)>),
+    /// It is complete.
+    Build,
 }
 
 impl Arriving {
-    /// Takes up a frame about this process; true when it is the last.
-    fn frame(&mut self, pid: i32, kind: Kind, payload: &[u8]) -> Result<bool, String> {
+    /// Takes up a frame about this process. What comes as a hash is had from `source`.
+    fn frame(&mut self, pid: i32, kind: Kind, payload: &[u8], source: &dyn Source) -> Result<Next, String> {
         match kind {
             Kind::Launch => {
                 let launch: wire::Launch = wire::decode(payload).map_err(|e| e.to_string())?;
@@ -57,21 +79,39 @@ impl Arriving {
                 }
                 self.launch = Some(launch);
             }
-            Kind::Pages | Kind::PackedPages => {
-                let piece = pages::decode(kind, payload).map_err(|e| e.to_string())?;
+            Kind::Pages | Kind::PackedPages | Kind::KnownPages => {
                 self.pages
-                    .put(&piece, MAX_PAGES_BYTES)
+                    .take(kind, payload, source, MAX_PAGES_BYTES)
                     .map_err(|e| e.to_string())?;
             }
             Kind::Present => {
                 let more: wire::Present = wire::decode(payload).map_err(|e| e.to_string())?;
                 self.present.get_or_insert_default().extend(more.runs);
             }
-            Kind::LaunchBuild => return Ok(true),
+            Kind::LaunchBuild => {
+                if let Some(present) = self.present.take() {
+                    self.pages.retain(&present);
+                }
+                let missing = self.pages.missing(MAX_RUNS);
+                return Ok(if missing.is_empty() {
+                    Next::Build
+                } else {
+                    Next::Missing(missing)
+                });
+            }
             other => return Err(format!("{other:?} about a process that comes")),
         }
-        Ok(false)
+        Ok(Next::More)
     }
+}
+
+/// What a process lacks, as the answer to its end.
+fn lacks(missing: Vec<(u64, u64)>) -> Vec<u8> {
+    wire::encode(&wire::LaunchReady {
+        refused: None,
+        restore_us: 0,
+        missing,
+    })
 }
 
 /// The processes that come.
@@ -103,8 +143,14 @@ impl Arrivals {
         let arriving = all
             .get_mut(&pid)
             .ok_or_else(|| format!("process {pid} was not announced"))?;
-        if !arriving.frame(pid, kind, payload)? {
-            return Ok(());
+        // No hashes come by the contact.
+        match arriving.frame(pid, kind, payload, &Nothing)? {
+            Next::More => return Ok(()),
+            Next::Missing(missing) => {
+                answer.send(&[&lacks(missing)]);
+                return Ok(());
+            }
+            Next::Build => {}
         }
         let arriving = all.remove(&pid).unwrap_or_default();
         drop(all);
@@ -125,7 +171,10 @@ impl Arrivals {
             return Listening::Refused("too many processes come at this moment".into());
         }
         let (listener, place) = match bind(shared) {
-            Ok(bound) => bound,
+            Ok((listener, place)) => {
+                let knows = shared.stored.has_some();
+                (listener, Place { knows, ..place })
+            }
             Err(e) => return Listening::Refused(e.to_string()),
         };
         let starter = shared.starter.clone();
@@ -163,17 +212,30 @@ impl Handler for OwnLink {
                 return Err(format!("process {} on the link of {}", header.tid, self.pid));
             }
             let mut arriving = self.arriving.lock();
-            if kind == Kind::Prefetch {
-                return prefetch(&self.shared, &payload);
-            }
-            if !arriving.frame(self.pid, kind, &payload)? {
-                return Ok(());
-            }
-            let arriving = std::mem::take(&mut *arriving);
             let answer = ReplyTo {
                 link: link.clone(),
                 lane,
                 header,
+            };
+            match kind {
+                Kind::Prefetch => return prefetch(&self.shared, &payload),
+                Kind::Known => {
+                    tell_known(&self.shared, answer);
+                    return Ok(());
+                }
+                _ => {}
+            }
+            match arriving.frame(self.pid, kind, &payload, &self.shared.stored)? {
+                Next::More => return Ok(()),
+                Next::Missing(missing) => {
+                    answer.send(&[&lacks(missing)]);
+                    return Ok(());
+                }
+                Next::Build => {}
+            }
+            let arriving = Arriving {
+                own_link: true,
+                ..std::mem::take(&mut *arriving)
             };
             prepare(&self.shared, arriving, answer)
         });
@@ -191,6 +253,14 @@ impl Handler for OwnLink {
     }
 }
 
+/// Says which pages are in the page store.
+fn tell_known(shared: &Arc<Shared>, answer: ReplyTo) {
+    let stored = shared.stored.clone();
+    shared.starter.start("known", move || {
+        answer.send(&[&stored.known().encode()]);
+    });
+}
+
 /// Fetches files for a process that is going to come. What cannot be had now is fetched when it is built.
 fn prefetch(shared: &Arc<Shared>, payload: &[u8]) -> Result<(), String> {
     let files: wire::Prefetch = wire::decode(payload).map_err(|e| e.to_string())?;
@@ -198,10 +268,7 @@ fn prefetch(shared: &Arc<Shared>, payload: &[u8]) -> Result<(), String> {
     let shared = shared.clone();
     starter.start("prefetch", move || {
         for file in &files.files {
-            let fetched = shared
-                .files
-                .get(file, |offset, len| shared.read_file(file.id, offset, len));
-            if let Err(e) = fetched {
+            if let Err(e) = shared.file(file) {
                 tracing::debug!(id = file.id, error = %e, "file not fetched yet");
             }
         }
@@ -213,8 +280,9 @@ fn prefetch(shared: &Arc<Shared>, payload: &[u8]) -> Result<(), String> {
 fn prepare(shared: &Arc<Shared>, arriving: Arriving, answer: ReplyTo) -> Result<(), String> {
     let Arriving {
         launch,
-        mut pages,
-        present,
+        pages,
+        own_link,
+        ..
     } = arriving;
     let launch = launch.ok_or("a process without a description")?;
     let starter = shared.starter.clone();
@@ -223,12 +291,10 @@ fn prepare(shared: &Arc<Shared>, arriving: Arriving, answer: ReplyTo) -> Result<
         let begun = Instant::now();
         match missing(&shared, &launch) {
             Ok((files, ahead)) => {
-                if let Some(present) = present {
-                    pages.retain(&present);
-                }
                 shared.post(Command::Build(Box::new(Build {
                     launch,
                     pages,
+                    keep_pages: own_link,
                     files,
                     ahead,
                     begun,
@@ -236,8 +302,12 @@ fn prepare(shared: &Arc<Shared>, arriving: Arriving, answer: ReplyTo) -> Result<
                 })));
             }
             Err(why) => {
-                let (refused, restore_us) = (Some(StayReason::NoNode(why)), 0);
-                answer.send(&[&wire::encode(&wire::LaunchReady { refused, restore_us })]);
+                let ready = wire::LaunchReady {
+                    refused: Some(StayReason::NoNode(why)),
+                    restore_us: 0,
+                    missing: Vec::new(),
+                };
+                answer.send(&[&wire::encode(&ready)]);
             }
         }
     });
@@ -250,8 +320,7 @@ fn missing(shared: &Shared, launch: &wire::Launch) -> Result<Missing, String> {
     let mut files = HashMap::new();
     for file in &launch.files {
         let stored = shared
-            .files
-            .get(file, |offset, len| shared.read_file(file.id, offset, len))
+            .file(file)
             .map_err(|e| format!("{}: {e}", String::from_utf8_lossy(&file.path)))?;
         files.insert(file.id, stored);
     }
@@ -264,19 +333,41 @@ mod tests {
     use super::*;
     use linklayer::image::PAGE;
 
+    fn frame(arriving: &mut Arriving, kind: Kind, payload: &[u8]) -> Result<Next, String> {
+        arriving.frame(5, kind, payload, &Nothing)
+    }
+
+    #[test]
+    fn what_came_as_a_hash_and_is_not_there_is_asked_for_as_far_as_it_counts() {
+        let mut arriving = Arriving::default();
+        let hashes = [&0x1000u64.to_le_bytes()[..], &[7; 3 * 32]].concat();
+        assert_eq!(frame(&mut arriving, Kind::KnownPages, &hashes), Ok(Next::More));
+        let runs = vec![(0x2000, 0x3000)];
+        let present = wire::encode(&wire::Present { runs: runs.clone() });
+        assert_eq!(frame(&mut arriving, Kind::Present, &present), Ok(Next::More));
+        assert_eq!(
+            frame(&mut arriving, Kind::LaunchBuild, &[]),
+            Ok(Next::Missing(runs))
+        );
+        let page = [&0x2000u64.to_le_bytes()[..], &[7; PAGE as usize]].concat();
+        assert_eq!(frame(&mut arriving, Kind::Pages, &page), Ok(Next::More));
+        assert_eq!(frame(&mut arriving, Kind::LaunchBuild, &[]), Ok(Next::Build));
+        assert!(frame(&mut arriving, Kind::KnownPages, &hashes[1..]).is_err());
+    }
+
     #[test]
     fn a_process_is_kept_until_it_is_complete() {
         let mut arriving = Arriving::default();
         let page = [&0x1000u64.to_le_bytes()[..], &[7; PAGE as usize]].concat();
-        assert_eq!(arriving.frame(5, Kind::Pages, &page), Ok(false));
+        assert_eq!(frame(&mut arriving, Kind::Pages, &page), Ok(Next::More));
         assert_eq!(arriving.pages.bytes(), PAGE as usize);
         let present = wire::encode(&wire::Present {
             runs: vec![(0, PAGE)],
         });
-        assert_eq!(arriving.frame(5, Kind::Present, &present), Ok(false));
-        assert!(arriving.frame(5, Kind::Launch, b"nonsense").is_err());
-        assert!(arriving.frame(5, Kind::Signal, &[]).is_err());
-        assert_eq!(arriving.frame(5, Kind::LaunchBuild, &[]), Ok(true));
+        assert_eq!(frame(&mut arriving, Kind::Present, &present), Ok(Next::More));
+        assert!(frame(&mut arriving, Kind::Launch, b"nonsense").is_err());
+        assert!(frame(&mut arriving, Kind::Signal, &[]).is_err());
+        assert_eq!(frame(&mut arriving, Kind::LaunchBuild, &[]), Ok(Next::Build));
         assert!(arriving.launch.is_none());
     }
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use linklayer::image::{AreaKind, ProcessImage};
+use linklayer::pages::Kept;
 use linklayer::stay::StayReason;
 use linklayer::wire;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -26,11 +27,12 @@ const MAX_TIMERS: usize = 64;
 
 impl Tracer {
     /// Builds a guest and says whether it could run.
-    pub(super) fn build(&mut self, build: Build) -> anyhow::Result<()> {
+    pub(super) fn build(&mut self, mut build: Build) -> anyhow::Result<()> {
         let answer = build.answer.clone();
         let pid = build.launch.image.pid;
         let begun = build.begun;
-        let refused = match self.build_guest(build) {
+        let (pages, keep) = (std::mem::take(&mut build.pages), build.keep_pages);
+        let refused = match self.build_guest(build, &pages) {
             Ok(()) => None,
             Err(e) => {
                 self.remove_half_built(pid);
@@ -40,21 +42,22 @@ impl Tracer {
                 })
             }
         };
+        let built = refused.is_none();
         self.shared.objects.forget(pid);
         answer.send(&[&wire::encode(&wire::LaunchReady {
             refused,
             restore_us: begun.elapsed().as_micros() as u64,
+            missing: Vec::new(),
         })]);
+        if keep && built {
+            self.shared.stored.keep_memory(pages);
+        }
         Ok(())
     }
 
-    fn build_guest(&mut self, build: Build) -> anyhow::Result<()> {
+    fn build_guest(&mut self, build: Build, pages: &Kept) -> anyhow::Result<()> {
         let Build {
-            launch,
-            pages,
-            files,
-            ahead,
-            ..
+            launch, files, ahead, ..
         } = build;
         self.shared.remember_home(&launch);
         let image = launch.image;

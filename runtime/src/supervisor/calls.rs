@@ -343,10 +343,7 @@ impl Call<'_> {
 
     /// Puts a file's content under the descriptor that the guest named and lets its own kernel map it.
     pub(super) fn map_file(&self, file: &wire::FileRef, fd: i32) -> Result<Outcome, Outcome> {
-        let stored = self
-            .shared
-            .files
-            .get(file, |offset, len| self.shared.read_file(file.id, offset, len));
+        let stored = self.shared.file(file);
         let stored = match stored {
             Ok(s) => s,
             Err(e) => {

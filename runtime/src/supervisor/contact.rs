@@ -21,6 +21,8 @@ pub struct Build {
     pub launch: wire::Launch,
     /// Its pages that are not as in a file.
     pub pages: Kept,
+    /// They are to be put into the page store.
+    pub keep_pages: bool,
     /// The files it maps, by number.
     pub files: HashMap<u64, Arc<Stored>>,
     /// How far home's clocks are ahead of this node's.
@@ -58,8 +60,13 @@ impl Contact {
                 shared.arrivals.frame(shared, answer, kind, &payload)?;
             }
             Kind::Listen => {
-                let listening = shared.arrivals.listen(shared, body(&payload)?);
-                answer.send(&[&wire::encode(&listening)]);
+                let request: wire::Listen = body(&payload)?;
+                let shared = shared.clone();
+                // The page store may not be open yet.
+                self.shared.starter.start("listen", move || {
+                    let listening = shared.arrivals.listen(&shared, request);
+                    answer.send(&[&wire::encode(&listening)]);
+                });
             }
             Kind::Share => {
                 let share: wire::Share = body(&payload)?;

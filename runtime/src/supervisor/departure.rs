@@ -11,7 +11,7 @@ use linklayer::pages::Writer;
 use linklayer::quic::{Fingerprint, Link, LinkError, OneTimeKey, Options, SendOnly};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, LARGE_BYTES, Mode, MoveReport, MoveTo, Phase};
-use shim::capture::{SendError, send_process, shared_objects};
+use shim::capture::{SendError, learn_known, send_process, shared_objects};
 use shim::process::resident_bytes;
 use shim::track::Tracker;
 
@@ -93,6 +93,7 @@ fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure
     .map_err(reach)?;
     let mut departure = Departure::new(pid, None, link);
     announce_files(shared, &guest, &departure);
+    learn_known(&departure.link, pid, &order.place, &mut departure.writer);
     if order.mode.wants_precopy(resident_bytes(guest.memory.pid()))
         && let Err(why) = precopy(shared, &mut departure)
     {

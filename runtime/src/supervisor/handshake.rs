@@ -1,7 +1,10 @@
 //! What `mosd` and the supervisor that it starts say to each other, once, over the supervisor's stdin and stdout.
 
+use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
 
 use bincode::{Decode, Encode};
 
@@ -37,6 +40,32 @@ pub struct SupervisorConfig {
     pub listen: IpAddr,
     /// What the guests may use of this node.
     pub limits: SupervisorLimits,
+    /// The page store of the job's user, if there is one.
+    pub store: Option<StoreConfig>,
+}
+
+/// Where a page store is.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct StoreConfig {
+    /// Its directory (see [`crate::pagestore`]).
+    dir: Vec<u8>,
+    /// What it may take, bytes.
+    pub limit_bytes: u64,
+}
+
+impl StoreConfig {
+    /// A store of at most so many bytes.
+    pub fn new(dir: &Path, limit_bytes: u64) -> StoreConfig {
+        StoreConfig {
+            dir: dir.as_os_str().as_encoded_bytes().to_vec(),
+            limit_bytes,
+        }
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(OsString::from_vec(self.dir.clone()))
+    }
 }
 
 /// Bounds for the guests of one job on one node, from `[guests]` of `mosd.toml`. `None` is no bound.
@@ -144,6 +173,7 @@ mod tests {
                 max_guests: Some(10),
                 max_memory_bytes: None,
             },
+            store: Some(StoreConfig::new("/x".as_ref(), 5)),
         };
         let mut pipe = Vec::new();
         config.write_to(&mut pipe).unwrap();

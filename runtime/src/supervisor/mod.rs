@@ -23,12 +23,13 @@ mod shared;
 mod signals;
 mod split;
 mod starter;
+mod stored;
 mod tracer;
 mod transfer;
 mod usage;
 
 pub use handshake::{
-    SupervisorAnswer, SupervisorConfig, SupervisorLimits, SupervisorReady, answer_and_detach,
+    StoreConfig, SupervisorAnswer, SupervisorConfig, SupervisorLimits, SupervisorReady, answer_and_detach,
 };
 
 use std::net::SocketAddr;
@@ -45,6 +46,9 @@ use nix::sys::signal::{SigSet, Signal};
 /// How long a deputy may take from asking for a supervisor to its first packet.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long a supervisor whose job is over goes on to put pages into the page store.
+const LAST_PAGES: Duration = Duration::from_secs(1);
+
 /// What files may take of this node's memory without [`SupervisorLimits::max_memory_bytes`], bytes.
 const FILES_LIMIT_BYTES: u64 = 2 << 30;
 
@@ -58,6 +62,8 @@ pub fn run(config: SupervisorConfig) -> anyhow::Result<()> {
     // Every thread inherits it: the tracer takes SIGCHLD from a descriptor.
     let mut set = SigSet::empty();
     set.add(Signal::SIGCHLD);
+    // A write beyond RLIMIT_FSIZE is an error and not the end.
+    set.add(Signal::SIGXFSZ);
     set.thread_block()?;
     shim::process::raise_nofile();
     starter::run(|starter| contact(config, starter), trace)
@@ -102,10 +108,12 @@ fn contact(config: SupervisorConfig, starter: starter::Starter) -> anyhow::Resul
         .limits
         .max_memory_bytes
         .map_or(FILES_LIMIT_BYTES, |m| m / 2);
+    let stored = stored::Stored::start(config.store.clone());
     let shared = Arc::new(shared::Shared::new(
         send,
         wake.clone(),
         starter,
+        stored,
         config.uid,
         files_limit,
         config.listen,
@@ -136,10 +144,12 @@ fn contact(config: SupervisorConfig, starter: starter::Starter) -> anyhow::Resul
 
 /// The tracer's life.
 fn trace(ready: Ready) -> anyhow::Result<()> {
+    let stored = ready.shared.stored.clone();
     let mut tracer = tracer::Tracer::new(ready.shared, ready.commands, ready.wake, ready.config)?;
     let why = tracer.run()?;
     tracing::info!(why, "ends");
     tracer.tear_down();
     ready.link.close();
+    stored.finish(LAST_PAGES);
     Ok(())
 }

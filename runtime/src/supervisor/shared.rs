@@ -16,9 +16,10 @@ use parking_lot::{Mutex, RwLock};
 use shim::shared_memory::Objects;
 
 use super::arrivals::Arrivals;
-use super::files::FileStore;
+use super::files::{FileStore, Known};
 use super::guest::{Guest, Thread};
 use super::starter::Starter;
+use super::stored::Stored;
 
 /// What is asked of the supervisor's tracer thread.
 pub enum Command {
@@ -89,6 +90,8 @@ pub struct Shared {
     pub threads: RwLock<HashMap<i32, Arc<Thread>>>,
     /// Home's files.
     pub files: FileStore,
+    /// The page store.
+    pub stored: Stored,
     /// What processes share that are being built.
     pub objects: Objects<u64>,
     /// Result cache counters.
@@ -122,11 +125,13 @@ impl Shared {
         commands: Sender<Command>,
         wake: Arc<EventFd>,
         starter: Starter,
+        stored: Stored,
         uid: u32,
         file_limit_bytes: u64,
         listen: IpAddr,
     ) -> Shared {
         Shared {
+            stored,
             uid,
             commands,
             wake,
@@ -280,11 +285,33 @@ impl Shared {
         self.ahead.lock().unwrap_or_default()
     }
 
+    /// The content of one of home's files: what of it is neither with this job nor in the page store is fetched.
+    ///
+    /// # Errors
+    /// The contact is lost, or there is no memory for it.
+    pub fn file(&self, file: &wire::FileRef) -> std::io::Result<Arc<super::files::Stored>> {
+        let hashes = |offset, len| {
+            let body = wire::encode(&wire::FileRead {
+                id: file.id,
+                offset,
+                len,
+            });
+            let answer = self.ask(0, 0, Kind::FileHashes, &body);
+            answer.map_err(std::io::Error::other)
+        };
+        let known = Known {
+            stored: &self.stored,
+            hashes: &hashes,
+        };
+        self.files
+            .get(file, &known, |offset, len| self.read_file(file.id, offset, len))
+    }
+
     /// A range of one of home's files.
     ///
     /// # Errors
     /// The contact is lost.
-    pub fn read_file(&self, id: u64, offset: u64, len: u32) -> std::io::Result<Vec<u8>> {
+    fn read_file(&self, id: u64, offset: u64, len: u32) -> std::io::Result<Vec<u8>> {
         let body = wire::encode(&wire::FileRead { id, offset, len });
         self.ask(0, 0, Kind::FileRead, &body)
             .map_err(std::io::Error::other)

@@ -87,7 +87,8 @@ impl TestNode {
         let dir = self.dir.path().display();
         let text = format!(
             "[node]\nlisten = \"{}\"\nstate_dir = \"{dir}/state\"\nrundir = \"{dir}/run\"\n\
-             [membership]\nprobe_ms = 300\nsuspect_ms = 900\n[load]\nspeed = 1000\nreport_ms = 100\n{more}",
+             [membership]\nprobe_ms = 300\nsuspect_ms = 900\n[load]\nspeed = 1000\nreport_ms = 100\n\
+             [store]\ndir = \"{dir}/store\"\n{more}",
             self.addr
         );
         std::fs::write(self.config(), text).unwrap();

@@ -25,7 +25,7 @@ use crate::xstate;
 pub use maps::{MapLine, file_id, map_lines, reserved, shared_objects};
 pub(crate) use pages::{Found, scan_written};
 pub use pages::{page_runs, page_runs_of};
-pub use send::{SendError, send_process};
+pub use send::{SendError, learn_known, send_process};
 pub use shared::{SharedObjects, reserves};
 pub use stream::{all_runs, write_pages, write_running};
 

@@ -4,13 +4,17 @@ use std::io;
 use std::time::Instant;
 
 use linklayer::pages::Writer;
+use linklayer::pages::known::Known;
 use linklayer::quic::{Link, LinkError};
 use linklayer::stay::StayReason;
-use linklayer::wire::{self, Kind, Launch, LaunchReady, Malformed, MoveReport};
+use linklayer::wire::{self, Kind, Launch, LaunchReady, Malformed, MoveReport, Place};
 use thiserror::Error;
 
 use super::{all_runs, write_pages};
 use crate::track::Tracker;
+
+/// How often pages that the other end turned out not to have are sent as they are.
+const MOST_REPEATS: u32 = 16;
 
 /// Why a process does not stand ready at the other end.
 #[derive(Debug, Error)]
@@ -27,6 +31,21 @@ pub enum SendError {
     /// The other end does not take it.
     #[error("refused by the node: {0}")]
     Refused(StayReason),
+    /// The other end breaks the protocol.
+    #[error("the node lacks pages again and again")]
+    Lacks,
+}
+
+/// Asks the other end of a link that was made for a process which pages it has already, if it has any. Without an answer all are sent.
+pub fn learn_known(link: &Link, pid: i32, place: &Place, writer: &mut Writer) {
+    if !place.knows {
+        return;
+    }
+    let answer = link.ask(pid, Kind::Known, &[]).map_err(|e| e.to_string());
+    match answer.and_then(|known| Known::decode(&known).map_err(|e| e.to_string())) {
+        Ok(known) => writer.knows(known),
+        Err(why) => tracing::warn!(pid, why, "the other end does not say which pages it has"),
+    }
 }
 
 /// Sends a process, of which some pages may have been sent while it ran (`tracker` tells which have changed since), and waits
@@ -57,8 +76,28 @@ pub fn send_process(
     report.times.pages_us = begun.elapsed().as_micros() as u64;
     report.pages = writer.counts;
     let asked = Instant::now();
-    let answer = link.ask(pid, Kind::LaunchBuild, &wire::encode(&wire::Pid(pid)))?;
-    let ready: LaunchReady = wire::decode(&answer)?;
+    let build = || -> Result<LaunchReady, SendError> {
+        let answer = link.ask(pid, Kind::LaunchBuild, &wire::encode(&wire::Pid(pid)))?;
+        Ok(wire::decode(&answer)?)
+    };
+    let mut ready = build()?;
+    let mut repeats = 0;
+    while !ready.missing.is_empty() {
+        repeats += 1;
+        if repeats > MOST_REPEATS {
+            return Err(SendError::Lacks);
+        }
+        tracing::debug!(
+            pid,
+            runs = ready.missing.len(),
+            "pages that were not in the page store"
+        );
+        writer.was_missing(&ready.missing);
+        let runs: Vec<_> = ready.missing.iter().map(|(start, end)| *start..*end).collect();
+        write_pages(reached_by, &runs, writer, &mut sink)?;
+        report.pages = writer.counts;
+        ready = build()?;
+    }
     if let Some(reason) = ready.refused {
         return Err(SendError::Refused(reason));
     }
