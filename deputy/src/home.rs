@@ -171,9 +171,27 @@ impl Home {
             return self.executed(pid, former_tid, stopped);
         }
         match self.tasks[&tid].role {
-            Role::Native => self.native_stop(pid, tid, stopped),
+            Role::Native => {
+                let stop = stopped.stop();
+                self.native_stop(pid, tid, stopped)?;
+                self.hold_on(pid, tid, stop)
+            }
             Role::Worker | Role::Catcher => self.vessel_stop(pid, tid, stopped),
         }
+    }
+
+    /// Any stop takes an interrupt away that was asked for and has not come about (kernel/signal.c, ptrace_stop): a thread that is
+    /// to stand still and goes on is interrupted again.
+    fn hold_on(&self, pid: i32, tid: i32, stop: Stop) -> anyhow::Result<()> {
+        let goes_on = !matches!(stop, Stop::Interrupt | Stop::Group(_) | Stop::Exit { .. });
+        let to_be_held = |p: &Process| {
+            matches!(p.mode, Mode::Native)
+                && (p.frozen || p.together.is_some() || p.leaving.as_ref().is_some_and(Leaving::stops))
+        };
+        if goes_on && self.processes.get(&pid).is_some_and(to_be_held) && self.tasks.contains_key(&tid) {
+            return unless_gone(ptrace::interrupt(tid));
+        }
+        Ok(())
     }
 
     /// A thread of a process that runs at home.
@@ -187,6 +205,9 @@ impl Home {
                     return self.begin_launch(pid, stopped);
                 }
                 let mut stopped = stopped;
+                if ![libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&sig) {
+                    crate::restarts::make_restart(&mut stopped)?;
+                }
                 if self.processes.get(&pid).is_some_and(|p| !p.resent.is_empty()) {
                     let info = self.siginfo(pid, &stopped)?;
                     stopped.set_siginfo(&info)?;
@@ -200,8 +221,10 @@ impl Home {
                 stopped.listen()?;
             }
             Stop::Interrupt => {
-                if let Some(task) = self.tasks.get_mut(&tid) {
-                    task.group_stopped = false;
+                let mut stopped = stopped;
+                let task = self.tasks.get_mut(&tid);
+                if !task.is_some_and(|task| std::mem::take(&mut task.group_stopped)) {
+                    crate::restarts::make_restart(&mut stopped)?;
                 }
                 self.held(pid, stopped)?;
             }

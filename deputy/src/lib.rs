@@ -16,6 +16,7 @@ mod launch;
 mod outward;
 mod process;
 mod resend;
+mod restarts;
 mod road;
 pub mod shared;
 mod signals;

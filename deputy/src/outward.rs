@@ -184,6 +184,11 @@ impl Home {
         match ready {
             Ok(ready) => {
                 leaving.ready = Some(ready);
+                if self.waits_for_a_time(pid)
+                    && let Some(leaving) = self.processes.get_mut(&pid).and_then(|p| p.leaving.take())
+                {
+                    return self.try_again(pid, leaving, Vec::new());
+                }
                 self.stop_leaving(pid, Stage::Stopping)
             }
             Err(why) => {
@@ -203,7 +208,20 @@ impl Home {
             return Ok(());
         };
         leaving.tracked = Some(done);
+        if self.waits_for_a_time(pid)
+            && let Some(leaving) = self.processes.get_mut(&pid).and_then(|p| p.leaving.as_mut())
+            && let Some(done) = leaving.tracked.take()
+        {
+            let _ = done.send(Err("a thread is in a wait that must not be disturbed".into()));
+            return Ok(());
+        }
         self.stop_leaving(pid, Stage::Tracking)
+    }
+
+    /// Whether a thread of a process at home is in a wait that would begin anew.
+    fn waits_for_a_time(&self, pid: i32) -> bool {
+        let mut threads = self.tasks.values().filter(|t| t.pid == pid && !t.group_stopped);
+        threads.any(|t| crate::restarts::waits_for_a_time(t.tid))
     }
 
     fn stop_leaving(&mut self, pid: i32, stage: Stage) -> anyhow::Result<()> {
@@ -292,6 +310,8 @@ impl Home {
         };
         if self.shares_memory(pid, &image) {
             let node = leaving.wish.node;
+            // Nobody watches its memory any more: it is described anew.
+            drop(ready);
             return self.depart_together(pid, node, Some(leaving.wish), threads);
         }
         if !self.settle_waits(&mut image) {

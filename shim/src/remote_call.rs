@@ -377,7 +377,8 @@ impl RemoteCalls {
     }
 }
 
-fn ignores_trap(tid: i32) -> bool {
+/// Whether a thread's process ignores SIGTRAP, which a single step would change.
+pub(crate) fn ignores_trap(tid: i32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
     let ignored = status.lines().find_map(|l| l.strip_prefix("SigIgn:"));
     ignored.is_some_and(|l| u64::from_str_radix(l.trim(), 16).is_ok_and(|set| set & TRAP_BIT != 0))

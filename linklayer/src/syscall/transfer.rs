@@ -39,6 +39,8 @@ pub struct Transfer {
     segments: Vec<Segment>,
     total: u64,
     done: u64,
+    /// The file takes and gives without waiting for anybody: the kernel is not interrupted in it.
+    steady: bool,
     state: State,
     current: Option<Gathered>,
 }
@@ -126,6 +128,7 @@ impl Transfer {
             segments,
             total,
             done: 0,
+            steady: false,
             state: State::Stat,
             current: None,
         })
@@ -134,6 +137,17 @@ impl Transfer {
     /// Number of bytes that have been transferred so far.
     pub fn done(&self) -> u64 {
         self.done
+    }
+
+    /// Whether the call has begun and is one that only a kill interrupts, so that it must be made to its end.
+    pub fn is_steady(&self) -> bool {
+        self.steady && self.done > 0
+    }
+
+    /// The call that [`Transfer::next`] gave was not made, with this restart code for a reason.
+    pub fn not_made(&mut self, code: i64) {
+        self.current = None;
+        self.state = State::End(if self.done > 0 { self.done as i64 } else { code });
     }
 
     /// Number of bytes that the guest asked for.
@@ -235,7 +249,9 @@ impl Transfer {
             State::Stat => {
                 // struct stat of x86_64: st_mode at 24, st_rdev at 40.
                 let rdev = u64::from(word(40)?) | u64::from(word(44)?) << 32;
-                match word(24)? & S_IFMT {
+                let kind = word(24)? & S_IFMT;
+                self.steady = matches!(kind, S_IFREG | S_IFBLK);
+                match kind {
                     S_IFREG | S_IFBLK | S_IFDIR => State::WhileFull,
                     S_IFSOCK => State::SocketType,
                     S_IFCHR if !writing && rdev >> 8 & 0xfff != MEM_MAJOR => State::Once,

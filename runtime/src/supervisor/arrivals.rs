@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use linklayer::frame::Header;
@@ -119,8 +120,9 @@ fn lacks(missing: Vec<(u64, u64)>) -> Vec<u8> {
 pub struct Arrivals {
     /// Those on the contact.
     on_contact: Mutex<HashMap<i32, Arriving>>,
-    /// Links of their own.
-    links: Mutex<HashMap<i32, Link>>,
+    /// Links of their own, with their numbers: a process may come once more before its last link is known to be over.
+    links: Mutex<HashMap<i32, (u64, Link)>>,
+    numbers: AtomicU64,
 }
 
 impl Arrivals {
@@ -177,18 +179,24 @@ impl Arrivals {
             }
             Err(e) => return Listening::Refused(e.to_string()),
         };
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let starter = shared.starter.clone();
         let shared = shared.clone();
         starter.start("accept", move || {
             let own = Arc::new(OwnLink {
                 shared: shared.clone(),
                 pid,
+                number,
+                over: AtomicBool::new(false),
                 arriving: Mutex::default(),
             });
             let peer = Fingerprint(request.peer);
-            match listener.accept(peer, own, ACCEPT_TIMEOUT, Options::of_process()) {
+            match listener.accept(peer, own.clone(), ACCEPT_TIMEOUT, Options::of_process()) {
                 Ok(link) => {
-                    shared.arrivals.links.lock().insert(pid, link);
+                    let mut links = shared.arrivals.links.lock();
+                    if !own.over.load(Ordering::Acquire) {
+                        links.insert(pid, (number, link));
+                    }
                 }
                 Err(e) => tracing::debug!(pid, error = %e, "nobody came"),
             }
@@ -201,7 +209,22 @@ impl Arrivals {
 struct OwnLink {
     shared: Arc<Shared>,
     pid: i32,
+    number: u64,
+    over: AtomicBool,
     arriving: Mutex<Arriving>,
+}
+
+impl OwnLink {
+    fn end(&self) {
+        let mut links = self.shared.arrivals.links.lock();
+        self.over.store(true, Ordering::Release);
+        if links
+            .get(&self.pid)
+            .is_some_and(|(number, _)| *number == self.number)
+        {
+            links.remove(&self.pid);
+        }
+    }
 }
 
 impl Handler for OwnLink {
@@ -242,14 +265,14 @@ impl Handler for OwnLink {
         if let Err(why) = done {
             tracing::error!(pid = self.pid, %why, "the sender of a process breaks the protocol");
             link.close();
-            self.shared.arrivals.links.lock().remove(&self.pid);
+            self.end();
         }
     }
 
     fn lost(&self, why: &LinkError) {
         tracing::debug!(pid = self.pid, error = %why, "link of a process");
         *self.arriving.lock() = Arriving::default();
-        self.shared.arrivals.links.lock().remove(&self.pid);
+        self.end();
     }
 }
 

@@ -218,14 +218,24 @@ impl Call<'_> {
     fn transfer(&self, mut transfer: Transfer) -> Outcome {
         let memory = &self.thread.guest.memory;
         loop {
+            let steady = transfer.is_steady();
             let (ret, reply) = match transfer.next(memory) {
                 Step::Done(ret) => return Outcome::Value(ret),
                 Step::GoHome(reason) => return Outcome::GoHome(reason.text().into()),
+                // Natively neither a signal nor a move comes between the parts of what nobody waits in.
+                Step::Call(request) if steady => match self.make(request, None, 0, false) {
+                    Ok(sent) => sent,
+                    Err(outcome) => return outcome,
+                },
                 Step::Call(request) => match self.send(request, None) {
                     Ok(sent) => sent,
                     Err(outcome) => return outcome,
                 },
             };
+            if reply.is_empty() && is_restart(ret) {
+                transfer.not_made(ret);
+                continue;
+            }
             if let Err(e) = transfer.reply(Reply::from_parts(ret, &reply), memory) {
                 tracing::error!(error = %e, "home breaks the protocol");
                 return Outcome::Handled;
@@ -276,6 +286,19 @@ impl Call<'_> {
         mask: Option<u64>,
         flags: u16,
     ) -> Result<(i64, Vec<u8>), Outcome> {
+        // A signal that was queued before home could be told to interrupt this call would wait for its end.
+        self.make(request, mask, flags, true)
+    }
+
+    /// Has home make a call. One that is `hindered` by a signal that has arrived, or by a move, is not made: its result is then a
+    /// restart code, without any bytes.
+    fn make(
+        &self,
+        request: &CallRequest,
+        mask: Option<u64>,
+        flags: u16,
+        hindered: bool,
+    ) -> Result<(i64, Vec<u8>), Outcome> {
         let Ok(link) = self.shared.link() else {
             return Err(Outcome::Handled);
         };
@@ -289,12 +312,9 @@ impl Call<'_> {
             nr: self.nr,
             started: Instant::now(),
         });
-        // A signal that was queued before home could be told to interrupt this call would wait for its end.
-        let pending = self.thread.must_return(mask);
-        if pending && mask.is_none() {
-            return Ok((RESTARTNOINTR, Vec::new()));
-        }
-        if self.thread.guest.freezing.load(Ordering::Acquire) {
+        let pending = hindered && self.thread.must_return(mask);
+        let moves = hindered && self.thread.guest.freezing.load(Ordering::Acquire);
+        if moves || (pending && mask.is_none()) {
             return Ok((RESTARTNOINTR, Vec::new()));
         }
         self.thread.forwarded.fetch_add(1, Ordering::Relaxed);

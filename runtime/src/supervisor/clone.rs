@@ -133,11 +133,12 @@ impl Tracer {
                 rax: reply.tid as u64,
                 ..*cloning.rewrite.original()
             };
-            if let Some(mut stopped) = cloning.waiting.take() {
-                stopped.set_regs(&regs)?;
-                stopped.cont(0)?;
-            }
+            let waiting = cloning.waiting.take();
             traced.cloning = None;
+            if let Some(mut stopped) = waiting {
+                stopped.set_regs(&regs)?;
+                self.resume_or_hold(outer, stopped)?;
+            }
             return Ok(());
         }
         if reply.pidfd >= 0 {
@@ -302,7 +303,7 @@ impl Tracer {
             };
             stopped.set_regs(&back)?;
             traced.cloning = None;
-            stopped.cont(0)?;
+            self.resume_or_hold(outer, stopped)?;
             self.never_born(home);
             return Ok(());
         }

@@ -206,6 +206,11 @@ impl Departure {
         self.tracker = None;
     }
 
+    /// Whether it goes home.
+    pub(super) fn goes_home(&self) -> bool {
+        self.home.is_some()
+    }
+
     /// The way home for the memory of its process.
     pub(super) fn into_parts(self) -> (Link, Option<Tracker>, Writer, MoveReport) {
         (self.link, self.tracker, self.writer, self.report)
@@ -310,7 +315,7 @@ impl Tracer {
             return self.departed(pid, Err(Failure::new(Phase::Reach, why)));
         }
         let begun = Instant::now();
-        let launch = match self.describe_departure(guest, departure.tracker.is_some()) {
+        let launch = match self.describe_departure(guest) {
             Ok(launch) => launch,
             Err(failure) => return self.departed(pid, Err(failure)),
         };
@@ -324,8 +329,8 @@ impl Tracer {
         Ok(())
     }
 
-    fn describe_departure(&mut self, guest: &Arc<Guest>, tracked: bool) -> Result<wire::Launch, Failure> {
-        self.capture(guest, tracked)
+    fn describe_departure(&mut self, guest: &Arc<Guest>) -> Result<wire::Launch, Failure> {
+        self.capture(guest)
             .and_then(|(image, _)| self.launch_of(guest, image))
             .map_err(|e| Failure::new(Phase::Dump, format!("{e:#}")))
     }

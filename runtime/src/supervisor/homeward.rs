@@ -14,7 +14,7 @@ use linklayer::stay::StayReason;
 use linklayer::wire::{Phase, Times, Vfork};
 use shim::capture::shared_objects;
 
-use super::departure::{self, Failure};
+use super::departure::{self, Departure, Failure};
 use super::guest::Guest;
 use super::shared::{Command, Shared};
 use super::tracer::{Hold, Tracer};
@@ -171,12 +171,7 @@ impl Tracer {
         let mut captured = Vec::new();
         for guest in members {
             let (image, vforks) = self
-                .capture(
-                    guest,
-                    self.departures
-                        .get(&guest.pid)
-                        .is_some_and(|d| d.tracker.is_some()),
-                )
+                .capture(guest)
                 .map_err(|e| e.context(format!("process {}", guest.pid)))?;
             let reason = match self.holds.get(&guest.pid) {
                 Some(Hold::Home { reason, .. }) => reason.clone(),
@@ -189,18 +184,15 @@ impl Tracer {
                 image,
                 reason,
                 vforks,
-                own: self.departures.remove(&guest.pid),
+                // What was made ready for another node is of no use.
+                own: self.departures.remove(&guest.pid).filter(Departure::goes_home),
             });
         }
         Ok(captured)
     }
 
-    /// Describes a guest that stands still; its memory may be watched (`tracked`).
-    pub(super) fn capture(
-        &mut self,
-        guest: &Guest,
-        tracked: bool,
-    ) -> anyhow::Result<(ProcessImage, Vec<Vfork>)> {
+    /// Describes a guest that stands still.
+    pub(super) fn capture(&mut self, guest: &Guest) -> anyhow::Result<(ProcessImage, Vec<Vfork>)> {
         let pid = guest.pid;
         let ids: HashMap<i32, i32> = self
             .threads
@@ -223,9 +215,10 @@ impl Tracer {
                 tokens.push(token);
             }
         }
-        // Nothing but our memfds backs files here, and they carry their number.
+        // Nothing but our memfds backs files here, and they carry their number. Whoever watches its memory is one of us, be it for
+        // another process with the same memory: userfaultfd(2) runs at home.
         let described =
-            shim::capture::describe_tracked(guest.outer, &mut tokens, guest.pass_key, tracked, |file| {
+            shim::capture::describe_tracked(guest.outer, &mut tokens, guest.pass_key, true, |file| {
                 let path = String::from_utf8_lossy(file.path).into_owned();
                 Err(StayReason::LostFile(path))
             });

@@ -248,7 +248,7 @@ impl Tracer {
                         }
                         continue;
                     }
-                    if let Err(e) = self.stopped(outer, stopped)
+                    if let Err(e) = self.stopped(outer, stopped).and_then(|()| self.hold_on(outer))
                         && !gone(&e)
                     {
                         tracing::error!(outer, error = format!("{e:#}"), "guest thread not handled");
@@ -336,6 +336,19 @@ impl Tracer {
             }
             Stop::Interrupt | Stop::Group(_) => self.interrupted(outer, stopped)?,
             _ => stopped.cont(0)?,
+        }
+        Ok(())
+    }
+
+    /// Any stop takes an interrupt away that was asked for and has not come about (kernel/signal.c, ptrace_stop): a thread that is
+    /// to stand still and goes on is interrupted again. One that makes a clone is left to it first, which would begin anew.
+    fn hold_on(&self, outer: i32) -> anyhow::Result<()> {
+        let Some(traced) = self.threads.get(&outer) else {
+            return Ok(());
+        };
+        let runs = traced.held.is_none() && traced.vfork.is_none() && traced.cloning.is_none();
+        if runs && self.holds.contains_key(&traced.thread.guest.pid) {
+            ptrace::interrupt(outer)?;
         }
         Ok(())
     }

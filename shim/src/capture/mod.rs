@@ -16,7 +16,7 @@ use linklayer::image::{
 use linklayer::stay::StayReason;
 
 use crate::memory::ProcessMemory;
-use crate::ptrace::{PendingQueue, PtraceError, Stopped};
+use crate::ptrace::{PendingQueue, PtraceError, Stop, Stopped};
 use crate::remote_call::{BatchCall, RemoteCallError, RemoteCalls};
 use crate::restore::{SCRATCH, TRAMPOLINE};
 use crate::vessel::stub;
@@ -157,6 +157,10 @@ fn area(
 /// The process is gone, or has no vDSO.
 pub(crate) fn vdso_bytes(pid: i32) -> Result<(u64, Vec<u8>), CaptureError> {
     let lines = map_lines(pid, false)?;
+    if lines.is_empty() {
+        // Its memory has gone already, and it is about to.
+        return Err(RemoteCallError::Ended(pid).into());
+    }
     let vdso = lines
         .iter()
         .find(|l| l.path == b"[vdso]")
@@ -214,7 +218,9 @@ pub fn describe_tracked(
     // A leader that has ended shows nothing of the process.
     let by = threads.first().map_or(pid, Stopped::tid);
     let mut areas = Vec::new();
+    let mut vdso = Vdso::default();
     for line in map_lines(by, true)? {
+        vdso.add(&line);
         let kernel = matches!(line.path.as_slice(), b"[vdso]" | b"[vvar]" | b"[vvar_vclock]");
         if line.path == b"[vsyscall]" || (kernel && reserved(&line.range)) {
             continue;
@@ -229,7 +235,7 @@ pub fn describe_tracked(
     let mut images = Vec::new();
     let count = threads.len();
     for (index, token) in threads.iter_mut().enumerate() {
-        leave_reserved(token)?;
+        vdso.leave(token)?;
         // On an error the thread is where it was: stopped.
         let own = Stopped::assume(token.tid(), token.stop());
         let mut image = before_calls(&own)?;
@@ -268,38 +274,71 @@ pub fn describe_tracked(
     Ok(image)
 }
 
-/// Steps a thread out of the reserved addresses. It can only be there in the vDSO of this kernel that stands behind that of
-/// home's, where nothing but home's reaches it. No signal is delivered meanwhile.
-fn leave_reserved(token: &mut Stopped) -> Result<(), CaptureError> {
-    /// The longest function takes some hundred.
-    const MOST_STEPS: u32 = 100_000;
-    let inside = |regs: &linklayer::image::Regs| RESERVED.contains(&regs.rip);
-    let regs = token.regs()?;
-    if !inside(&regs) {
-        return Ok(());
-    }
-    let refused = || CaptureError::Unsuitable(StayReason::InVdso);
-    if regs.orig_rax as i64 >= 0 {
-        // Its call would be made again at an address that home has not.
-        return Err(refused());
-    }
-    let mask = token.sigmask()?;
-    let memory = ProcessMemory::new(token.tid());
-    token.set_sigmask(!(1 << (libc::SIGTRAP - 1)))?;
-    let mut left = false;
-    for _ in 0..MOST_STEPS {
-        let at = token.regs()?;
-        left = !inside(&at);
-        let mut code = [0; 2];
-        memory.read_forced(at.rip, &mut code)?;
-        if left || code == [0x0f, 0x05] {
-            break;
+/// Where code of a vDSO lies in a process.
+#[derive(Debug, Default)]
+struct Vdso {
+    /// This kernel's, where home's is.
+    own: Range<u64>,
+    /// What leads from home's to this kernel's, and this kernel's behind it.
+    led: Vec<Range<u64>>,
+}
+
+impl Vdso {
+    fn add(&mut self, line: &MapLine) {
+        let led = line.path.strip_suffix(maps::DELETED) == Some(FOREIGN_VDSO);
+        match line.path == b"[vdso]" {
+            true if !reserved(&line.range) => self.own = line.range.clone(),
+            vdso if vdso || led => self.led.push(line.range.clone()),
+            _ => {}
         }
-        token.run_on(libc::PTRACE_SINGLESTEP, 0)?;
     }
-    token.set_sigmask(mask)?;
-    token.settle()?;
-    if left { Ok(()) } else { Err(refused()) }
+
+    /// Steps a thread out of it. Elsewhere it would go on with what it has read of this kernel's data, whose pages are not even
+    /// the same ones where there is no time namespace (lib/vdso/gettimeofday.c). No signal is delivered meanwhile.
+    fn leave(&self, token: &mut Stopped) -> Result<(), CaptureError> {
+        /// The longest function takes some hundred.
+        const MOST_STEPS: u32 = 100_000;
+        let led = |rip: u64| self.led.iter().any(|range| range.contains(&rip));
+        let inside = |rip: u64| self.own.contains(&rip) || led(rip);
+        let regs = token.regs()?;
+        if !inside(regs.rip) {
+            return Ok(());
+        }
+        let refused = || CaptureError::Unsuitable(StayReason::InVdso);
+        let in_call = regs.orig_rax as i64 >= 0;
+        if in_call && !led(regs.rip) {
+            // Nothing follows such a call but the way back.
+            return Ok(());
+        }
+        if in_call || crate::remote_call::ignores_trap(token.tid()) {
+            // Its call would be made again at an address that home has not; or it would not ignore SIGTRAP any more.
+            return Err(refused());
+        }
+        let mask = token.sigmask()?;
+        let memory = ProcessMemory::new(token.tid());
+        token.set_sigmask(!(1 << (libc::SIGTRAP - 1)))?;
+        let mut stopped = false;
+        let mut left = false;
+        for _ in 0..MOST_STEPS {
+            let at = token.regs()?.rip;
+            let mut code = [0; 2];
+            memory.read_forced(at, &mut code)?;
+            let calls = code == [0x0f, 0x05];
+            left = !inside(at) || (calls && !led(at));
+            if left || calls {
+                break;
+            }
+            // It cannot be blocked.
+            stopped |= token.run_on(libc::PTRACE_SINGLESTEP, 0)? == Stop::Signal(libc::SIGSTOP);
+        }
+        token.set_sigmask(mask)?;
+        token.settle()?;
+        if stopped {
+            let thread = nix::unistd::Pid::from_raw(token.tid());
+            nix::sys::signal::kill(thread, nix::sys::signal::Signal::SIGSTOP).map_err(io::Error::from)?;
+        }
+        if left { Ok(()) } else { Err(refused()) }
+    }
 }
 
 /// What the leader was asked.
