@@ -13,6 +13,10 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use crate::lab::Lab;
+use crate::mover::{Mover, Tally};
+
+/// Environment variable with the name of a file for the log of the home side of programs that are moved about.
+pub const LOG: &str = "MOSRUN_TESTS_LOG";
 
 /// Where a program runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +27,8 @@ pub enum How {
     Home,
     /// By mosrun, on that node.
     Away(u32),
+    /// By mosrun, on node 2 at first; somebody moves it about, so that it is at home at times.
+    Moved,
 }
 
 impl How {
@@ -35,6 +41,14 @@ impl How {
                 .map(Into::into)
                 .to_vec(),
             Self::Away(node) => vec!["mosrun".into(), "-r".into(), node.to_string().into(), "--".into()],
+            Self::Moved => {
+                let mut words = vec!["env".into(), "TRACED_AT_HOME=1".into(), "mosrun".into()];
+                if let Some(file) = std::env::var_os(LOG).filter(|file| !file.is_empty()) {
+                    words.extend(["-vv".into(), "--log".into(), file]);
+                }
+                words.extend(["-r", "2", "--"].map(Into::into));
+                words
+            }
         }
     }
 }
@@ -389,6 +403,37 @@ pub fn same(lab: &Lab, case: &Case, ways: &[How]) -> Outcome {
         );
     }
     native
+}
+
+/// Runs the case natively and while all its processes are moved from node to node and home, and checks that everything is
+/// equal; gives the native outcome and what came of the moves.
+///
+/// # Panics
+/// When something differs, when a move fails for no reason that a user may be given, and when nothing was moved that lived
+/// long enough for it.
+pub fn same_moved(lab: &Lab, case: &Case) -> (Outcome, Tally) {
+    /// Who has lived so long, and was not refused, has been moved.
+    const LONG: Duration = Duration::from_millis(500);
+    let place = Place::new();
+    let native = observe(lab, &place, case, How::Native);
+    let mover = Mover::start(lab);
+    let other = observe(lab, &place, case, How::Moved);
+    let tally = mover.stop();
+    eprintln!("{:?}: {tally}", case.command);
+    let mut found = differences(&native, &other);
+    found.extend(tally.failed.iter().map(|why| format!("a move: {why}")));
+    let (alive, moves, refused) = tally.longest;
+    if alive > LONG && moves + refused == 0 {
+        found.push(format!("a process lived {alive:?} and was never moved"));
+    }
+    assert!(
+        found.is_empty(),
+        "moved about, it is not as native\n{}\nagain: {}\n{tally}\n{}",
+        found.join("\n"),
+        replay(case, How::Moved, &place),
+        lab.diagnosis(),
+    );
+    (native, tally)
 }
 
 fn replay(case: &Case, how: How, place: &Place) -> String {

@@ -129,6 +129,20 @@ impl Lab {
             .unwrap_or_default()
     }
 
+    /// The root directory of a node, as this machine sees it.
+    ///
+    /// # Panics
+    /// When there is no such node.
+    pub fn root_of(&self, node: u32) -> PathBuf {
+        let status = self.status();
+        let nodes = status["nodes"].as_array().expect("nodes");
+        let node = nodes
+            .iter()
+            .find(|n| n["number"] == node)
+            .expect("a node of the lab");
+        PathBuf::from(format!("/proc/{}/root", node["pid"]))
+    }
+
     /// The directory of its records and logs.
     pub fn dir(&self) -> PathBuf {
         labs_dir().join(&self.name)

@@ -7,6 +7,7 @@
 pub mod build;
 pub mod compare;
 pub mod lab;
+pub mod mover;
 pub mod running;
 pub mod skip;
 pub mod terminal;

@@ -106,9 +106,17 @@ impl Running {
     /// # Panics
     /// When it does not end within 30 seconds.
     pub fn wait(&mut self) -> End {
+        self.wait_within(Duration::from_secs(30))
+    }
+
+    /// As [`Running::wait`], with another limit.
+    ///
+    /// # Panics
+    /// When it does not end in time.
+    pub fn wait_within(&mut self, limit: Duration) -> End {
         self.close();
         let mut end = None;
-        wait_for("the program to end", Duration::from_secs(30), || {
+        wait_for("the program to end", limit, || {
             end = self.child.try_wait().expect("its status");
             end.is_some()
         });

@@ -1,7 +1,7 @@
 //! The guests: small programs that check themselves. Each is right natively, and the same by mosrun at home and away.
 
 use tests::build::{Link, guest};
-use tests::compare::{Case, End, How, Place, observe, same};
+use tests::compare::{Case, End, How, Place, observe, same, same_moved};
 use tests::lab::Lab;
 use tests::or_skip;
 
@@ -9,6 +9,13 @@ fn run(name: &str, link: Link, ways: &[How]) {
     let lab = or_skip!(Lab::shared());
     let program = or_skip!(guest(name, link));
     let native = same(&lab, &Case::new([program]), ways);
+    assert_eq!(native.end, End::Code(0), "natively: {native:?}");
+}
+
+fn run_moved(name: &str) {
+    let lab = or_skip!(Lab::shared());
+    let program = or_skip!(guest(name, Link::Dynamic));
+    let (native, _) = same_moved(&lab, &Case::new([program]));
     assert_eq!(native.end, End::Code(0), "natively: {native:?}");
 }
 
@@ -30,6 +37,23 @@ guests! {
     big_transfers, borrowed_memory, clocks, clone3, efault, exec_forms, exec_signals, fds, files, fork_wait, ipc, locks, long_paths, many_fds, memory, pipes,
     pollers, prctls, proc_self, pty, restart, rlimits, robust, sessions, shared_memory, sigchld, signals, sigwait, spawn, stack, stop_blocked, storms, tcp,
     tempmask, thread_ends, threads, timer_threads, timers, tree, tty_jobs, unix_sockets, vfork,
+}
+
+macro_rules! moved {
+    ($($name:ident),* $(,)?) => {
+        mod moved {
+            $(#[test] fn $name() { super::run_moved(stringify!($name)); })*
+        }
+    };
+}
+
+// Not those that see that a call in progress is interrupted by a move and made again (README, limits): `big_transfers` (how much a
+// pipe has taken), `locks` (who has waited first), `timers` (how often one has expired that waits); and not `restart`, which takes
+// a minute.
+moved! {
+    borrowed_memory, clocks, clone3, efault, exec_forms, exec_signals, fds, files, fork_wait, ipc, long_paths, many_fds, memory, pipes,
+    pollers, prctls, proc_self, pty, rlimits, robust, sessions, shared_memory, sigchld, signals, sigwait, spawn, stack, stop_blocked,
+    storms, tcp, tempmask, thread_ends, threads, timer_threads, tree, tty_jobs, unix_sockets, vfork,
 }
 
 /// The other ways to link, where the start of a program differs.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tests::build::workspace;
-use tests::compare::{Case, End, How, same};
+use tests::compare::{Case, End, How, same, same_moved};
 use tests::lab::Lab;
 use tests::or_skip;
 use tests::skip::{Skip, program};
@@ -168,10 +168,21 @@ fn run(case: Result<(Case, i32), Skip>) {
     assert_eq!(native.end, End::Code(code), "natively: {native:?}");
 }
 
+/// While all its processes are moved from node to node and home.
+fn run_moved(case: Result<(Case, i32), Skip>) {
+    let (case, code) = or_skip!(case);
+    let lab = or_skip!(Lab::shared());
+    let (native, _) = same_moved(&lab, &case);
+    assert_eq!(native.end, End::Code(code), "natively: {native:?}");
+}
+
 macro_rules! programs {
     ($($name:ident),* $(,)?) => {
         mod root {
             $(#[test] fn $name() { super::run(super::$name()); })*
+        }
+        mod moved {
+            $(#[test] fn $name() { super::run_moved(super::$name()); })*
         }
     };
 }
