@@ -9,6 +9,8 @@ use anyhow::{Context, ensure};
 pub const ECHO_PORT: u16 = 7999;
 /// The port of what takes and drops everything on node 2.
 pub const SINK_PORT: u16 = 7997;
+/// The port of what runs lines of shell on node 2.
+pub const AGENT_PORT: u16 = 7996;
 /// The address of node 2 in a lab.
 pub const NODE_2: &str = "10.77.0.2";
 
@@ -142,17 +144,15 @@ pub fn run(chosen: &[&str]) -> anyhow::Result<()> {
         }
         println!("\n### {}", setting.title);
         let lab = Lab::up(&programs, setting)?;
-        let address = format!("{NODE_2}:{ECHO_PORT}");
         let pinned: Vec<&std::ffi::OsStr> = setting.before.iter().map(std::convert::AsRef::as_ref).collect();
-        let mut words = pinned.clone();
-        words.push(own.as_os_str());
-        words.extend(["--probe", "echo", &address].map(std::ffi::OsStr::new));
-        let echo = lab.serve(&words)?;
-        let address = format!("{NODE_2}:{SINK_PORT}");
-        let mut words = pinned.clone();
-        words.push(own.as_os_str());
-        words.extend(["--probe", "sink", &address].map(std::ffi::OsStr::new));
-        let sink = lab.serve(&words)?;
+        let mut servers = Vec::new();
+        for (name, port) in [("echo", ECHO_PORT), ("sink", SINK_PORT), ("agent", AGENT_PORT)] {
+            let address = format!("{NODE_2}:{port}");
+            let mut words = pinned.clone();
+            words.push(own.as_os_str());
+            words.extend(["--probe", name, &address].map(std::ffi::OsStr::new));
+            servers.push(lab.serve(&words)?);
+        }
         let ssh = crate::measure::ssh::Server::prepare();
         for what in here {
             let sshd = match (*what, &ssh) {
@@ -173,7 +173,7 @@ pub fn run(chosen: &[&str]) -> anyhow::Result<()> {
             }
             ensure!(measure.status()?.success(), "{what} could not be measured");
         }
-        drop((echo, sink));
+        drop(servers);
     }
     Ok(())
 }

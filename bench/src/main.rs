@@ -12,7 +12,7 @@ mod stats;
 use anyhow::{Context, bail};
 
 /// What can be asked for.
-const ALL: [&str; 5] = ["call", "cpu", "home", "start", "move"];
+const ALL: [&str; 7] = ["call", "cpu", "home", "start", "freeze", "whole", "slow"];
 
 fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();

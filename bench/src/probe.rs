@@ -31,8 +31,10 @@ pub fn run(words: &[&str]) -> anyhow::Result<()> {
         }
         ["echo", address] => echo(address)?,
         ["sink", address] => sink(address)?,
-        ["memory", mib, "compute"] => memory(mib.parse()?, None)?,
-        ["memory", mib, rate] => memory(mib.parse()?, Some(rate.parse()?))?,
+        ["agent", address] => agent(address)?,
+        ["memory", mib, "alone"] => memory(mib.parse()?, Some(0), false)?,
+        ["memory", mib, "compute"] => memory(mib.parse()?, None, true)?,
+        ["memory", mib, rate] => memory(mib.parse()?, Some(rate.parse()?), true)?,
         _ => bail!("no such probe: {words:?}"),
     }
     Ok(())
@@ -105,7 +107,7 @@ static ASKED: AtomicBool = AtomicBool::new(false);
 /// Has memory in which no page is like another, and changes so many MiB of it in a second; or computes (`None`). For each line
 /// that is read it says in which time, at most, it did nothing (ms), and how many rounds it made in a millisecond, since it
 /// was asked last.
-fn memory(mib: u64, rate: Option<u64>) -> anyhow::Result<()> {
+fn memory(mib: u64, rate: Option<u64>, asked: bool) -> anyhow::Result<()> {
     const WORDS_PER_MIB: u64 = (1 << 20) / 8;
     /// 4 KiB.
     const WORDS_PER_PAGE: usize = 512;
@@ -117,13 +119,16 @@ fn memory(mib: u64, rate: Option<u64>) -> anyhow::Result<()> {
         state
     };
     let mut words: Vec<u64> = (0..mib * WORDS_PER_MIB).map(|_| next()).collect();
-    std::thread::spawn(|| {
+    let listen = || {
         for _ in std::io::stdin().lock().lines().map_while(Result::ok) {
             ASKED.store(true, Ordering::Release);
         }
         std::process::exit(0);
-    });
-    println!("ready");
+    };
+    if asked {
+        std::thread::spawn(listen);
+        println!("ready");
+    }
     let mut since = Instant::now();
     let (mut last, mut longest) = (since, Duration::ZERO);
     let (mut rounds, mut changed, mut place) = (0u64, 0u64, 0);
@@ -155,5 +160,32 @@ fn memory(mib: u64, rate: Option<u64>) -> anyhow::Result<()> {
         let now = Instant::now();
         longest = longest.max(now - last);
         last = now;
+    }
+}
+
+/// Runs what comes as a line of shell and says `ok`, or what it wrote, for one connection after another, until it is killed.
+fn agent(address: &str) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    loop {
+        let (mut stream, _) = listener.accept()?;
+        let mut line = String::new();
+        stream.read_to_string(&mut line)?;
+        // What goes on in the background must not keep a pipe open.
+        let mut output = tempfile::tempfile()?;
+        let status = std::process::Command::new("sh")
+            .args(["-c", &line])
+            .stdin(std::process::Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output.try_clone()?)
+            .status()?;
+        let mut said = String::new();
+        if status.success() {
+            said.push_str("ok");
+        } else {
+            std::io::Seek::rewind(&mut output)?;
+            output.read_to_string(&mut said)?;
+            said.push_str(&status.to_string());
+        }
+        stream.write_all(said.as_bytes())?;
     }
 }

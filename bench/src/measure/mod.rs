@@ -1,5 +1,6 @@
 //! Measuring, on node 1 of a lab.
 
+mod criu;
 mod moves;
 pub mod ssh;
 
@@ -30,7 +31,9 @@ pub fn run(what: &str, _setting: &str) -> anyhow::Result<()> {
         "call" => call(),
         "cpu" => cpu(),
         "home" => home(),
-        "move" => moves::run(),
+        "freeze" => moves::freeze(),
+        "whole" => moves::whole(),
+        "slow" => moves::slow(),
         "start" => start(),
         _ => bail!("nothing is called {what}"),
     }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
+use super::criu::Criu;
 use crate::lab::{NODE_2, SINK_PORT};
 use crate::stats::{head, line, median};
 
@@ -108,18 +109,16 @@ impl Drop for Mover {
     }
 }
 
-/// Everything about moves.
-pub fn run() -> anyhow::Result<()> {
+/// How long programs stand still when they are moved.
+pub fn freeze() -> anyhow::Result<()> {
     for (mib, rounds) in SIZES {
         for rate in RATES {
             freezes(mib, rate, rounds)?;
         }
     }
-    whole()?;
-    slower()
+    Ok(())
 }
 
-/// How long it stands still.
 fn freezes(mib: u64, rate: &str, rounds: usize) -> anyhow::Result<()> {
     head(&format!(
         "longest stand-still of a program with {mib} MiB that changes {rate} MiB/s"
@@ -145,11 +144,18 @@ fn freezes(mib: u64, rate: &str, rounds: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A whole move beside a TCP connection, and what a second one sends.
-fn whole() -> anyhow::Result<()> {
-    let [mut tcp, mut there, mut first, mut second] = [const { Vec::new() }; 4];
+/// A whole move beside a TCP connection and CRIU, and what a second one sends.
+pub fn whole() -> anyhow::Result<()> {
+    let [mut tcp, mut criu, mut there, mut first, mut second] = [const { Vec::new() }; 5];
+    let peer = Criu::find();
+    if let Err(why) = &peer {
+        println!("\nCRIU is not measured: {why:#}");
+    }
     for _ in 0..3 {
         tcp.push(raw()?);
+        if let Ok(peer) = &peer {
+            criu.push(peer.moved(WHOLE_MIB)?);
+        }
         let mut mover = Mover::start(WHOLE_MIB, "0")?;
         let mut go = |to| {
             let moved = mover.go(to, "freeze")?;
@@ -164,6 +170,14 @@ fn whole() -> anyhow::Result<()> {
     head(&format!("{WHOLE_MIB} MiB of unique data, stop and copy"));
     line("TCP connection between the nodes", &tcp, "ms", median(&tcp));
     line("`mosmigrate`, start to end", &there, "ms", median(&tcp));
+    if !criu.is_empty() {
+        line(
+            "CRIU with a page server, dump and restore",
+            &criu,
+            "ms",
+            median(&tcp),
+        );
+    }
     head("the same: what is sent for its memory");
     line("first move", &first, "MiB", median(&first));
     line("second move to the same node", &second, "MiB", median(&first));
@@ -186,7 +200,7 @@ fn raw() -> anyhow::Result<f64> {
 }
 
 /// What a program gets done while its memory is sent.
-fn slower() -> anyhow::Result<()> {
+pub fn slow() -> anyhow::Result<()> {
     let [mut before, mut during] = [const { Vec::new() }; 2];
     let mut mover = Mover::start(WHOLE_MIB, "compute")?;
     for _ in 0..3 {
