@@ -4,13 +4,16 @@
 //! written at once, unless there is something that was kept: what came last counts.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, OnceLock};
 
 use linklayer::frame::Header;
+use linklayer::image::{PAGE, USER_END};
 use linklayer::pages::{self, Kept};
 use linklayer::quic::{Fingerprint, Handler, Link, LinkError, OneTimeKey, Options, ReplyTo};
 use linklayer::wire::{self, Kind};
 use parking_lot::Mutex;
+use shim::postcopy::Pager;
 
 use crate::shared::Shared;
 
@@ -28,9 +31,50 @@ struct Early {
     pages: Kept,
     present: Vec<(u64, u64)>,
     link: Option<Link>,
+    /// The pages that come when it runs here.
+    later: Option<Vec<(u64, u64)>>,
+    userfault: Option<OwnedFd>,
+    pager: PagerSlot,
 }
 
+/// Where the frames of a link find who brings the pages that come later.
+type PagerSlot = Arc<OnceLock<Arc<Pager>>>;
+
+/// Pages of a process that come when it runs here.
+pub struct Later {
+    /// Which, in the order of addresses.
+    pub runs: Vec<(u64, u64)>,
+    /// Made by its vessel.
+    pub userfault: OwnedFd,
+    /// By which they come.
+    pub link: Link,
+    /// Who is to get what comes.
+    pub pager: PagerSlot,
+}
+
+/// Most runs of pages in a list: as many as there are when every other page is there.
+const MAX_RUNS: usize = MAX_KEPT_BYTES / PAGE as usize / 2;
+
 impl Coming {
+    /// The vessel of a process has made a userfaultfd.
+    pub fn userfault(&self, pid: i32, made: OwnedFd) {
+        if let Some(early) = self.kept.lock().get_mut(&pid) {
+            early.userfault = Some(made);
+        }
+    }
+
+    /// What of a process comes later, if something does.
+    pub fn later(&self, pid: i32) -> Option<Later> {
+        let mut all = self.kept.lock();
+        let early = all.get_mut(&pid)?;
+        Some(Later {
+            runs: early.later.take()?,
+            userfault: early.userfault.take()?,
+            link: early.link.clone()?,
+            pager: early.pager.clone(),
+        })
+    }
+
     /// A process is at home, or does not come.
     pub fn forget(&self, pid: i32) {
         // Its link is dropped with it.
@@ -42,11 +86,17 @@ impl Coming {
 /// Connects to where a supervisor waits so as to send the memory of a process.
 pub fn connect(shared: &Arc<Shared>, request: &wire::Coming) -> Result<(), LinkError> {
     let pid = request.pid;
-    shared.coming.kept.lock().insert(pid, Early::default());
+    let pager = PagerSlot::default();
+    let early = Early {
+        pager: pager.clone(),
+        ..Early::default()
+    };
+    shared.coming.kept.lock().insert(pid, early);
     let key = OneTimeKey::from_bytes(&request.key)?;
     let handler = Arc::new(OwnLink {
         shared: shared.clone(),
         pid,
+        pager,
     });
     let peer = Fingerprint(request.place.fingerprint);
     let link = Link::connect(request.place.addr, &key, peer, handler, Options::of_process())?;
@@ -60,6 +110,7 @@ pub fn connect(shared: &Arc<Shared>, request: &wire::Coming) -> Result<(), LinkE
 struct OwnLink {
     shared: Arc<Shared>,
     pid: i32,
+    pager: PagerSlot,
 }
 
 impl OwnLink {
@@ -67,6 +118,9 @@ impl OwnLink {
         let kind = Kind::from_u16(header.kind).ok_or_else(|| format!("unknown kind {}", header.kind))?;
         if header.tid != self.pid {
             return Err(format!("process {} on the link of {}", header.tid, self.pid));
+        }
+        if let Some(pager) = self.pager.get() {
+            return pager.frame(kind, payload);
         }
         match kind {
             Kind::Pages | Kind::PackedPages => {
@@ -85,6 +139,21 @@ impl OwnLink {
                 let mut all = self.shared.coming.kept.lock();
                 let early = all.get_mut(&self.pid).ok_or("nothing was announced")?;
                 early.present.extend(present.runs);
+                Ok(())
+            }
+            Kind::Later => {
+                let more: wire::Present = wire::decode(payload).map_err(|e| e.to_string())?;
+                let mut all = self.shared.coming.kept.lock();
+                let early = all.get_mut(&self.pid).ok_or("nothing was announced")?;
+                let list = early.later.get_or_insert_default();
+                for (start, end) in more.runs {
+                    let ordered = start < end && end <= USER_END && list.last().is_none_or(|l| l.1 <= start);
+                    let pages = start.is_multiple_of(PAGE) && end.is_multiple_of(PAGE);
+                    if !ordered || !pages || list.len() >= MAX_RUNS {
+                        return Err("a list of pages that is none".into());
+                    }
+                    list.push((start, end));
+                }
                 Ok(())
             }
             // All has been sent: it is written into the vessel.
@@ -127,10 +196,20 @@ impl Handler for OwnLink {
         if let Err(why) = self.take_up(link, lane, header, &payload) {
             tracing::error!(pid = self.pid, %why, "the sender of a process breaks the protocol");
             link.close();
+            self.over(&why);
         }
     }
 
     fn lost(&self, why: &LinkError) {
         tracing::debug!(pid = self.pid, error = %why, "link of a process");
+        self.over(&why.to_string());
+    }
+}
+
+impl OwnLink {
+    fn over(&self, why: &str) {
+        if let Some(pager) = self.pager.get() {
+            pager.lost(why);
+        }
     }
 }

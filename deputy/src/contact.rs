@@ -113,6 +113,7 @@ impl Contact {
                 });
             }
             Kind::KeepBack => shared.post(Command::KeepBack(reply, body::<wire::Pid>(&payload)?.0)),
+            Kind::Settled => shared.post(Command::Settled(body(&payload)?)),
             Kind::Moved => shared.post(Command::Moved(reply, self.node, Box::new(body(&payload)?))),
             Kind::Progress => {
                 let progress: wire::Progress = body(&payload)?;

@@ -82,6 +82,11 @@ impl Home {
         }
     }
 
+    /// Whether processes at home go on when this deputy ends.
+    pub(crate) fn outlived() -> bool {
+        OUTLIVE.load(Ordering::Acquire)
+    }
+
     /// Lets processes at home outlive this deputy. To be called before any is seized.
     pub fn let_outlive() {
         OUTLIVE.store(true, Ordering::Release);
@@ -260,6 +265,7 @@ impl Home {
             }
         } else {
             self.add_process(child, Mode::Native);
+            self.inherit_pager(parent, child);
             if let Some(entry) = self.processes.get(&parent).and_then(|p| p.breakpoint.clone()) {
                 // A copy of the parent before its entry point carries the breakpoint too; it does not move.
                 let _ = entry.remove(child);
@@ -345,6 +351,7 @@ impl Home {
         }
         self.shared.table.lock().remove(&pid);
         self.shared.homecoming.lock().remove(&pid);
+        self.shared.incomplete.lock().remove(&pid);
         self.shared.progress.lock().remove(&pid);
         self.shared.coming.forget(pid);
         self.shared.objects.forget(pid);
@@ -385,6 +392,9 @@ impl Home {
             Command::HopReady(pid, ready) => self.hop_ready(pid, ready),
             Command::Moved(reply, from, moved) => self.moved(reply, from, *moved),
             Command::KeepBack(reply, pid) => self.keep_back(reply, pid),
+            Command::Empty(pid, done) => self.drop_pages(pid, done),
+            Command::Settled(settled) => self.settled(&settled),
+            Command::Complete(pid, pager, end) => self.complete(pid, &pager, end),
             Command::Freeze(pid, stop, done) => self.freeze(pid, stop, &done),
             Command::Bring(pid, reason, mode, done) => self.bring(pid, reason, mode, done),
             Command::Release(done) => self.release_job(done),

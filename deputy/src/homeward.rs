@@ -10,7 +10,7 @@ use anyhow::Context;
 use linklayer::image::ProcessImage;
 use linklayer::quic::ReplyTo;
 use linklayer::stay::StayReason;
-use linklayer::wire::{self, Times};
+use linklayer::wire::{self, MoveReport, Times};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shim::ptrace::{Stop, Stopped};
@@ -54,7 +54,14 @@ impl Home {
                 let adapted = Vessel::adapt_layout(&body.image, &worker.slot, &|id| files.file(id), &|id| {
                     objects.file((node, id))
                 });
-                let result = adapted.map(|()| begun.elapsed()).map_err(anyhow::Error::from);
+                let watched = adapted.and_then(|()| {
+                    if body.postcopy {
+                        let made = Vessel::make_userfault(tid, &worker.slot)?;
+                        shared.coming.userfault(body.image.pid, made);
+                    }
+                    Ok(())
+                });
+                let result = watched.map(|()| begun.elapsed()).map_err(anyhow::Error::from);
                 shared.post(Command::LaidOut(reply, Box::new(body), result));
             });
         });
@@ -167,6 +174,9 @@ impl Home {
             anyhow::bail!("process {} has the same memory and does not come", left.pid);
         }
         let begun = Instant::now();
+        for pid in group {
+            self.begin_to_run_early(*pid)?;
+        }
         let mut layouts = HashMap::new();
         let mut vessels = Vec::new();
         for pid in group {
@@ -337,6 +347,20 @@ impl Home {
             .map(|p| p.report)
             .unwrap_or_default();
         report.times += times;
+        if process.pager.is_some() {
+            // It is told when the last page is here.
+            let waiters = std::mem::take(&mut process.waiters);
+            process.came = Some((waiters, report));
+            return;
+        }
+        self.tell_of_homecoming(pid, report);
+    }
+
+    /// A process that came home is complete.
+    pub(crate) fn tell_of_homecoming(&mut self, pid: i32, mut report: MoveReport) {
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return;
+        };
         for waiter in process.waiters.drain(..) {
             let _ = waiter.send(Ok(report.clone()));
         }

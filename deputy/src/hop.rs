@@ -10,7 +10,7 @@ use linklayer::wire::{self, Kind, MoveReport, Phase, Place};
 use crate::home::Home;
 use crate::outward::Wish;
 use crate::process::{Mode, send};
-use crate::road;
+use crate::road::{self, Waiting};
 use crate::shared::Command;
 
 /// A process that is to go from node to node.
@@ -45,12 +45,14 @@ pub struct HopReady {
     contact: Link,
     place: Place,
     key: Vec<u8>,
+    /// It can run there before all of its memory has come.
+    postcopy: bool,
 }
 
 impl Home {
     /// Has a guest sent from its node to another.
     pub(crate) fn hop(&mut self, pid: i32, wish: Wish) {
-        let node = wish.node;
+        let (node, mode) = (wish.node, wish.mode);
         let Some(process) = self.processes.get_mut(&pid) else {
             return;
         };
@@ -58,11 +60,22 @@ impl Home {
         let shared = self.shared.clone();
         crate::contact::spawn("hop", move || {
             let ready = shared.contact(node).and_then(|contact| {
-                let (place, key) = road::listen(&contact, pid).map_err(|e| format!("{e:#}"))?;
+                let Waiting {
+                    place,
+                    key,
+                    no_postcopy,
+                } = road::listen(&contact, pid).map_err(|e| format!("{e:#}"))?;
+                if mode.is_lazy() && !no_postcopy.is_empty() {
+                    send(&contact, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
+                    return Err(format!(
+                        "node {node} cannot run it before its memory has come: {no_postcopy}"
+                    ));
+                }
                 Ok(HopReady {
                     contact,
                     place,
                     key: key.to_bytes(),
+                    postcopy: no_postcopy.is_empty(),
                 })
             });
             shared.post(Command::HopReady(pid, ready));
@@ -84,6 +97,7 @@ impl Home {
                     place: ready.place,
                     key: ready.key,
                     mode: hop.wish.mode,
+                    postcopy: ready.postcopy,
                 };
                 send(&away.link, pid, Kind::MoveTo, &wire::encode(&order));
                 hop.to = Some(ready.contact);
@@ -130,7 +144,11 @@ impl Home {
         let mut report: MoveReport = moved.report;
         report.times.resume_us = begun.elapsed().as_micros() as u64;
         self.publish(pid);
-        hop.wish.fulfil(report);
+        match self.processes.get_mut(&pid) {
+            // The rest of it is on its way.
+            Some(process) if report.mode.is_lazy() => process.arriving = Some((hop.wish, report)),
+            _ => hop.wish.fulfil(report),
+        }
         Ok(())
     }
 
@@ -184,6 +202,8 @@ impl Home {
         });
         process.next = Some(wish);
         let mode = process.next.as_ref().map_or(wire::Mode::Auto, |w| w.mode);
+        // On the way home it is not to be refused; whether it can be so at the node is seen there.
+        let mode = if mode.is_lazy() { wire::Mode::Auto } else { mode };
         let (arrived, _) = crossbeam_channel::bounded(1);
         self.bring(pid, StayReason::Asked, mode, arrived)
     }

@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use anyhow::Context;
 use linklayer::image::{Area, AreaKind, SigInfo};
 use linklayer::pages::Writer;
 use linklayer::quic::Link;
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, FileRef, Kind, MoveReport, Phase};
+use shim::postcopy::Pusher;
 use shim::ptrace::Stopped;
 use shim::track::Tracker;
 use shim::vessel::Vessel;
@@ -17,6 +19,7 @@ use crate::entry::Breakpoint;
 use crate::home::Home;
 use crate::hop::Hop;
 use crate::outward::{Ready, reason_of, release, stayed};
+use crate::postcopy::Rest;
 use crate::process::{Away, Mode, Role, Task, send};
 use crate::road::{Description, Road};
 use crate::shared::{Command, Shared};
@@ -56,6 +59,10 @@ impl Home {
             stopped.set_options(Home::options())?;
         }
         process.mode = Mode::Native;
+        // Its memory is another now.
+        process.pager = None;
+        process.needs_no_more();
+        self.shared.incomplete.lock().remove(&pid);
         self.shared.catchers.write().remove(&pid);
         if shim::privileges::lacks(pid) {
             match shim::privileges::execute_again(stopped) {
@@ -193,8 +200,8 @@ impl Home {
             }
         };
         let departure = process.departure.take();
-        let (link, mut report, tracker) = match result {
-            Ok(arrived) => (arrived.contact, arrived.report, arrived.tracker),
+        let (link, mut report, tracker, rest) = match result {
+            Ok(arrived) => (arrived.contact, arrived.report, arrived.tracker, arrived.rest),
             Err(why) => {
                 tracing::warn!(pid, node, why = format!("{why:#}"), "not moved; it runs at home");
                 if let Some(wish) = departure {
@@ -205,7 +212,7 @@ impl Home {
                 return release(threads);
             }
         };
-        match self.empty(pid, threads) {
+        match self.empty(pid, threads, rest.is_some()) {
             Ok((vessel, pending)) => {
                 let how = if departure.is_some() {
                     "asked"
@@ -218,7 +225,9 @@ impl Home {
                 send(&link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));
                 drop(tracker);
                 report.times.resume_us = begun.elapsed().as_micros() as u64;
-                if let Some(wish) = departure {
+                if let Some(rest) = rest {
+                    self.push(pid, rest, departure, report);
+                } else if let Some(wish) = departure {
                     wish.fulfil(report);
                 }
                 Ok(())
@@ -317,6 +326,8 @@ pub struct Arrived {
     report: MoveReport,
     /// What watched its memory; let go when the memory is not needed any more.
     tracker: Option<Tracker>,
+    /// What is sent when it runs there.
+    rest: Option<Rest>,
 }
 
 /// Sends the process and waits for the answer on a thread of its own.
@@ -331,6 +342,7 @@ pub(crate) fn process_launch(shared: &Arc<Shared>, pid: i32, start: Start, mut d
                 tracker: None,
                 writer: Writer::default(),
                 report: MoveReport::default(),
+                lazy: false,
             }),
         };
         let result = ready
@@ -345,18 +357,32 @@ pub(crate) fn process_launch(shared: &Arc<Shared>, pid: i32, start: Start, mut d
 
 fn transfer(mut ready: Ready, description: Description) -> anyhow::Result<Arrived> {
     let tid = description.image.reached_by();
-    shim::capture::send_process(
+    let pid = description.image.pid;
+    let later = shim::capture::send_process(
         ready.road.link(),
         &description.into_launch(),
         tid,
         ready.tracker.as_ref(),
+        ready.lazy,
         &mut ready.writer,
         &mut ready.report,
     )?;
+    let contact = ready.road.contact.clone();
+    let rest = if ready.lazy {
+        let pusher = Pusher::new(pid, tid, later).context("its memory")?;
+        ready.road.source.serve(pusher.clone());
+        Some(Rest {
+            road: ready.road,
+            pusher,
+        })
+    } else {
+        None
+    };
     Ok(Arrived {
-        contact: ready.road.contact.clone(),
+        contact,
         report: ready.report,
         tracker: ready.tracker,
+        rest,
     })
 }
 

@@ -14,6 +14,7 @@ mod hop;
 mod kept;
 mod launch;
 mod outward;
+mod postcopy;
 mod process;
 mod resend;
 mod restarts;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use crossbeam_channel::Sender;
+use linklayer::choice;
 use linklayer::pages::Writer;
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, MoveReport, Phase, Way};
@@ -63,6 +64,7 @@ impl Wish {
         if let Some(before) = self.before {
             report.times += before.times;
             report.pages += before.pages;
+            report.after += before.after;
             report.rounds += before.rounds;
             report.way = Way::Home;
             report.note = [before.note, report.note]
@@ -95,6 +97,8 @@ pub struct Ready {
     pub writer: Writer,
     /// What was done so far.
     pub report: MoveReport,
+    /// It is to run there before all of its memory has come.
+    pub lazy: bool,
 }
 
 /// How far the process is.
@@ -166,9 +170,11 @@ impl Home {
             ready: None,
             tracked: None,
         });
-        let shared = self.shared.clone();
+        let (shared, pager) = (self.shared.clone(), process.pager.clone());
         crate::contact::spawn("out", move || {
-            let ready = make_ready(&shared, pid, node, mode).map(Box::new);
+            // What is still coming has to be here before it can be sent on.
+            let here = pager.map_or(Ok(()), |pager| pager.wait());
+            let ready = here.and_then(|()| make_ready(&shared, pid, node, mode).map(Box::new));
             shared.post(Command::Depart(pid, ready));
         });
     }
@@ -382,21 +388,32 @@ impl Home {
 /// Opens the way to a node, and sends what memory can be sent while the process runs.
 fn make_ready(shared: &Arc<Shared>, pid: i32, node: u32, mode: wire::Mode) -> Result<Ready, String> {
     let size_bytes = resident_bytes(pid);
-    let wanted = mode.wants_precopy(size_bytes);
+    let (wanted, lazy) = (mode.wants_precopy(size_bytes), mode.is_lazy());
     let mut ready = Ready {
-        road: Road::open(shared, node, pid, if wanted { u64::MAX } else { size_bytes })?,
+        road: Road::open(
+            shared,
+            node,
+            pid,
+            if wanted || lazy { u64::MAX } else { size_bytes },
+        )?,
         tracker: None,
         writer: Writer::default(),
         report: MoveReport {
-            mode: wire::Mode::Freeze,
+            mode: mode.without_precopy(),
             ..MoveReport::default()
         },
+        lazy,
     };
+    if lazy && let Err(why) = ready.road.postcopy() {
+        return Err(format!(
+            "node {node} cannot run it before its memory has come: {why}"
+        ));
+    }
     if ready.road.has_link() {
         announce_files(shared, pid, &ready.road);
         ready.road.learn_known(pid, &mut ready.writer);
     }
-    if wanted && let Err(why) = precopy(shared, pid, &mut ready) {
+    if wanted && let Err(why) = precopy(shared, pid, &mut ready, mode) {
         if mode == wire::Mode::Precopy {
             tracing::warn!(pid, why, "its memory is sent while it stands still");
         }
@@ -406,7 +423,7 @@ fn make_ready(shared: &Arc<Shared>, pid: i32, node: u32, mode: wire::Mode) -> Re
     Ok(ready)
 }
 
-/// Tells the node which files the process maps, so that they are there when it is built.
+/// Tells the node which files the process maps, and waits until they are there.
 fn announce_files(shared: &Arc<Shared>, pid: i32, road: &Road) {
     let mut namer = Namer::new(shared, pid);
     for line in shim::capture::map_lines(pid, false).unwrap_or_default() {
@@ -416,12 +433,12 @@ fn announce_files(shared: &Arc<Shared>, pid: i32, road: &Road) {
         }
     }
     let body = wire::encode(&wire::Prefetch { files: namer.files() });
-    if let Err(e) = road.link().tell(pid, pid, Kind::Prefetch, &[&body]) {
+    if let Err(e) = road.link().ask(pid, Kind::Prefetch, &body) {
         tracing::debug!(pid, error = %e, "files not announced");
     }
 }
 
-fn precopy(shared: &Arc<Shared>, pid: i32, ready: &mut Ready) -> Result<(), String> {
+fn precopy(shared: &Arc<Shared>, pid: i32, ready: &mut Ready, mode: wire::Mode) -> Result<(), String> {
     if !ready.road.has_link() {
         return Err("there is no link of its own to the node".into());
     }
@@ -435,13 +452,19 @@ fn precopy(shared: &Arc<Shared>, pid: i32, ready: &mut Ready) -> Result<(), Stri
             pid,
             &mut ready.writer,
             &mut |kind, parts| link.tell(pid, pid, kind, parts).map_err(io::Error::other),
+            &mut || link.await_sent(choice::QUEUED_BYTES).map_err(io::Error::other),
             &mut |progress| {
                 shared.progress.lock().insert(pid, progress);
             },
         )
         .map_err(|e| e.to_string())?;
-    ready.report.rounds = rounds;
-    ready.report.mode = wire::Mode::Precopy;
+    ready.lazy = choice::comes_later(mode, &rounds, ready.road.postcopy().is_ok());
+    ready.report.rounds = rounds.len() as u32;
+    ready.report.mode = if ready.lazy {
+        wire::Mode::Hybrid
+    } else {
+        wire::Mode::Precopy
+    };
     ready.report.times.precopy_us = begun.elapsed().as_micros() as u64;
     ready.tracker = Some(tracker);
     Ok(())

@@ -4,12 +4,15 @@ use crate::entry::Breakpoint;
 use crate::hop::Hop;
 use crate::kept::Kept;
 use crate::outward::{Done, Leaving, Wish};
+use crossbeam_channel::Sender;
 use linklayer::image::SigAction;
 use linklayer::quic::{Link, ReplyTo};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind};
+use shim::postcopy::Pager;
 use shim::ptrace::Stopped;
 use shim::vessel::Vessel;
+use std::sync::Arc;
 
 use crate::shared::ProcessView;
 
@@ -134,6 +137,8 @@ pub struct Away {
     pub kept: Option<Kept>,
     /// Calls that a terminal may stop.
     pub exposed: crate::terminal::Exposed,
+    /// All of its memory is where its guest is: who waits until the vessel has dropped its pages. It is said by dropping this.
+    pub emptying: Option<Sender<()>>,
 }
 
 impl Away {
@@ -152,6 +157,7 @@ impl Away {
             sent: crate::resend::Sent::default(),
             exposed: crate::terminal::Exposed::default(),
             kept: None,
+            emptying: None,
         }
     }
 }
@@ -172,6 +178,8 @@ pub struct Process {
     pub leaving: Option<Leaving>,
     /// The move that is under way.
     pub departure: Option<Wish>,
+    /// The move whose process runs at its new place already, but without all of its memory.
+    pub arriving: Option<(Wish, wire::MoveReport)>,
     /// Where it goes when it has come home.
     pub next: Option<Wish>,
     /// It is to go from its node to another.
@@ -204,6 +212,10 @@ pub struct Process {
     pub carried: Vec<linklayer::image::SigInfo>,
     /// Who waits for it to come home.
     pub waiters: Vec<Done>,
+    /// It is at home, but some of its memory is still coming.
+    pub pager: Option<Arc<Pager>>,
+    /// Who is to be told what when it has come.
+    pub came: Option<(Vec<Done>, wire::MoveReport)>,
 }
 
 impl Process {
@@ -218,6 +230,7 @@ impl Process {
             actions,
             leaving: None,
             departure: None,
+            arriving: None,
             next: None,
             together: None,
             after_vfork: Vec::new(),
@@ -234,6 +247,8 @@ impl Process {
             resent: Vec::new(),
             carried: Vec::new(),
             waiters: Vec::new(),
+            pager: None,
+            came: None,
         }
     }
 
@@ -283,6 +298,18 @@ impl Process {
         }
     }
 
+    /// It has ended or executed another program: what was still coming of its memory is of no use.
+    pub fn needs_no_more(&mut self) {
+        if let Some((waiters, report)) = self.came.take() {
+            for waiter in waiters {
+                let _ = waiter.send(Ok(crate::postcopy::ended_before(report.clone())));
+            }
+        }
+        if let Some((wish, report)) = self.arriving.take() {
+            wish.fulfil(crate::postcopy::ended_before(report));
+        }
+    }
+
     /// Answers those who wait for it to come home: it did not.
     pub fn fail_waiters(mut self, why: &str) {
         let wishes = [
@@ -293,6 +320,7 @@ impl Process {
         for wish in wishes.into_iter().flatten() {
             wish.fail(why.to_string());
         }
+        self.needs_no_more();
         if let Some(hop) = self.hop.take() {
             hop.fail(self.pid, why.to_string());
         }

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use linklayer::image::ProcessImage;
 use linklayer::pages::Writer;
-use linklayer::quic::{Fingerprint, Link, OneTimeKey, Options, SendOnly};
+use linklayer::quic::{Fingerprint, Link, OneTimeKey, Options};
 use linklayer::wire::{self, FileRef, Kind, LARGE_BYTES, Launch, Listening, Place};
+use shim::postcopy::SourceLink;
 
 use crate::shared::Shared;
 
@@ -18,6 +19,20 @@ pub struct Road {
     pub contact: Link,
     /// A link for this process alone.
     bulk: Option<(Link, Place)>,
+    /// What the node may say on that.
+    pub source: Arc<SourceLink>,
+    /// Why the process cannot run there before its memory has come.
+    no_postcopy: String,
+}
+
+/// A supervisor that waits for a process.
+pub struct Waiting {
+    /// Where.
+    pub place: Place,
+    /// The key to show there.
+    pub key: OneTimeKey,
+    /// Why the process cannot run there before its memory has come; empty when it can.
+    pub no_postcopy: String,
 }
 
 /// What it takes to build a process, but its pages.
@@ -28,15 +43,19 @@ pub struct Description {
     pub files: Vec<FileRef>,
 }
 
-/// Has a supervisor wait for a process on a link of its own. Gives where, and the key to show there.
-pub fn listen(contact: &Link, pid: i32) -> anyhow::Result<(Place, OneTimeKey)> {
+/// Has a supervisor wait for a process on a link of its own.
+pub fn listen(contact: &Link, pid: i32) -> anyhow::Result<Waiting> {
     let key = OneTimeKey::generate()?;
     let body = wire::encode(&wire::Listen {
         pid,
         peer: key.fingerprint().0,
     });
     match wire::decode(&contact.ask(pid, Kind::Listen, &body)?)? {
-        Listening::At(place) => Ok((place, key)),
+        Listening::At(place, no_postcopy) => Ok(Waiting {
+            place,
+            key,
+            no_postcopy,
+        }),
         Listening::Refused(why) => anyhow::bail!("{why}"),
     }
 }
@@ -52,21 +71,41 @@ impl Road {
             node,
             contact,
             bulk: None,
+            source: Arc::default(),
+            no_postcopy: "there is no link of its own to the node".into(),
         };
         if size_bytes > LARGE_BYTES {
             match road.open_bulk(pid) {
-                Ok(bulk) => road.bulk = Some(bulk),
+                Ok((link, place, no_postcopy)) => {
+                    road.bulk = Some((link, place));
+                    road.no_postcopy = no_postcopy;
+                }
                 Err(e) => tracing::warn!(pid, node, error = format!("{e:#}"), "pages go on the contact"),
             }
         }
         Ok(road)
     }
 
-    fn open_bulk(&self, pid: i32) -> anyhow::Result<(Link, Place)> {
-        let (place, key) = listen(&self.contact, pid)?;
+    fn open_bulk(&self, pid: i32) -> anyhow::Result<(Link, Place, String)> {
+        let Waiting {
+            place,
+            key,
+            no_postcopy,
+        } = listen(&self.contact, pid)?;
         let peer = Fingerprint(place.fingerprint);
-        let link = Link::connect(place.addr, &key, peer, Arc::new(SendOnly), Options::of_process())?;
-        Ok((link, place))
+        let link = Link::connect(place.addr, &key, peer, self.source.clone(), Options::of_process())?;
+        Ok((link, place, no_postcopy))
+    }
+
+    /// Whether the process can run there before its memory has come.
+    ///
+    /// # Errors
+    /// Why not, for a person.
+    pub fn postcopy(&self) -> Result<(), &str> {
+        match self.no_postcopy.as_str() {
+            "" => Ok(()),
+            why => Err(why),
+        }
     }
 
     /// Whether pages can be sent while the process runs.

@@ -108,6 +108,12 @@ pub enum Command {
         Box<crate::together::Sent>,
         Result<(Link, wire::MoveReport), String>,
     ),
+    /// The guest of this process has all of its memory: its vessel drops its pages; who is given waits for that.
+    Empty(i32, Sender<()>),
+    /// A process that ran before its memory had come has all of it, or is lost.
+    Settled(wire::Settled),
+    /// A process at home has all of its memory, or its memory is lost.
+    Complete(i32, Arc<shim::postcopy::Pager>, shim::postcopy::End),
     /// The contact to a supervisor is gone.
     Lost(u32, String),
 }
@@ -141,6 +147,8 @@ pub struct Shared {
     pub objects: Objects<(u32, u64)>,
     /// Memory that comes home in front of its process.
     pub coming: crate::coming::Coming,
+    /// Processes at home whose memory is still coming.
+    pub incomplete: Mutex<HashMap<i32, Arc<shim::postcopy::Pager>>>,
     /// How far moves that are under way have got, by process.
     pub progress: Mutex<HashMap<i32, wire::Progress>>,
     /// Last usage report of each node.
@@ -181,6 +189,7 @@ impl Shared {
             homecoming: Mutex::default(),
             objects: Default::default(),
             coming: crate::coming::Coming::default(),
+            incomplete: Mutex::default(),
             progress: Mutex::default(),
             usage: Mutex::default(),
         })

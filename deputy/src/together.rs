@@ -354,7 +354,7 @@ impl Home {
         // From here on there is no way back.
         let mut gone = Vec::new();
         for (pid, one) in prepared {
-            match one.settle() {
+            match one.settle(false) {
                 Ok((vessel, mut parts)) => {
                     let pending = std::mem::take(&mut parts.pending);
                     self.furnish(pid, parts);
@@ -467,7 +467,7 @@ fn transfer(link: &Link, first: i32, members: Vec<Description>) -> anyhow::Resul
         let mut own = MoveReport::default();
         let tid = member.image.reached_by();
         let launch = member.into_launch();
-        if let Err(e) = send_process(link, &launch, tid, None, &mut Writer::default(), &mut own) {
+        if let Err(e) = send_process(link, &launch, tid, None, false, &mut Writer::default(), &mut own) {
             for pid in sent {
                 send(link, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
             }

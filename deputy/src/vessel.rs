@@ -32,6 +32,15 @@ impl Home {
         mut threads: Vec<Stopped>,
         tracked: bool,
     ) -> (Vec<Stopped>, anyhow::Result<(ProcessImage, Vec<FileRef>)>) {
+        if self
+            .processes
+            .get(&pid)
+            .and_then(|p| p.pager.as_ref())
+            .is_some_and(|p| p.is_open())
+        {
+            let why = anyhow::anyhow!("its memory is still coming from where it was before");
+            return (threads, Err(why));
+        }
         let shared = self.shared.clone();
         let mut namer = Namer::new(&shared, threads.first().map_or(pid, Stopped::tid));
         let described = shim::capture::describe_tracked(pid, &mut threads, 0, tracked, |f| {
@@ -49,18 +58,20 @@ impl Home {
         (threads, described)
     }
 
-    /// Turns a process, all of whose threads are stopped (the leader first), into a vessel. When that fails while the
-    /// process is whole, its threads are given back.
+    /// Turns a process, all of whose threads are stopped (the leader first), into a vessel, whose pages may be kept for the moment
+    /// (`keep`). When that fails while the process is whole, its threads are given back.
     pub(crate) fn empty(
         &mut self,
         pid: i32,
         mut threads: Vec<Stopped>,
+        keep: bool,
     ) -> Result<Emptied, (Vec<Stopped>, shim::vessel::VesselError)> {
         set_options(&mut threads, Home::vessel_options());
-        let (vessel, mut parts) = Vessel::convert_all(threads, &self.arena).map_err(|(mut whole, e)| {
+        let prepared = Vessel::prepare(threads, &self.arena).map_err(|(mut whole, e)| {
             set_options(&mut whole, Home::options());
             (whole, e)
         })?;
+        let (vessel, mut parts) = prepared.settle(keep).map_err(|e| (Vec::new(), e))?;
         let pending = std::mem::take(&mut parts.pending);
         self.furnish(pid, parts);
         Ok((vessel, pending))
@@ -97,6 +108,7 @@ impl Home {
                 }
             }
             self.expose_further(pid, tid, &mut stopped)?;
+            stopped = self.drop_if_asked(pid, tid, stopped)?;
         }
         match stopped.stop() {
             Stop::Signal(sig) => self.vessel_signal(pid, tid, sig, stopped),
@@ -512,12 +524,21 @@ impl Home {
             Mode::Away(_) if process.hop.is_some() => {
                 let _ = done.send(Err(format!("process {pid} is being moved at this moment")));
             }
+            Mode::Away(_) if let (true, Err(why)) = (mode.is_lazy(), crate::postcopy::possible_here()) => {
+                let why = format!("process {pid} cannot run at home before its memory has come: {why}");
+                let _ = done.send(Err(why));
+            }
             Mode::Away(away) => {
                 send(
                     &away.link,
                     pid,
                     Kind::Bring,
-                    &wire::encode(&wire::Bring { pid, reason, mode }),
+                    &wire::encode(&wire::Bring {
+                        pid,
+                        reason,
+                        mode,
+                        postcopy: mode.is_lazy() || crate::postcopy::possible_here().is_ok(),
+                    }),
                 );
                 process.waiters.push(done);
             }

@@ -122,8 +122,20 @@ pub enum Kind {
     Coming = 53,
     /// Supervisor to deputy, on such a link: all memory has been sent (empty body); answer [`Errno`] (0: it is in the vessel).
     PagesEnd = 54,
-    /// To a supervisor, on the link of a process that is going to come: the files that it maps so far ([`Prefetch`]).
+    /// To a supervisor, on the link of a process that is going to come: the files that it maps so far ([`Prefetch`]);
+    /// answer [`Errno`]: they are there, as far as they can be had.
     Prefetch = 55,
+    /// To a supervisor, before [`Kind::LaunchBuild`], or to a deputy, before [`Kind::HomeCommit`]: the pages that come only when the
+    /// process runs there ([`Present`]); several of these are one list.
+    Later = 56,
+    /// From there, on the link of the process: somebody waits for these pages ([`Want`]).
+    Want = 57,
+    /// From there: all pages have come (empty body); answer [`Errno`] (0: the process is forgotten where it came from).
+    Whole = 58,
+    /// To there: the rest of its memory cannot be had any more (the reason as text).
+    SourceLost = 59,
+    /// Supervisor to deputy: a process that ran before its memory had come has all of it, or is lost ([`Settled`]).
+    Settled = 60,
     /// Supervisor to deputy: how far a move has got ([`Progress`]).
     Progress = 52,
     /// Deputy to supervisor: a signal for a guest ([`Signal`]).
@@ -158,7 +170,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_u16(n: u16) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 47] = [
+        const ALL: [Kind; 52] = [
             Call,
             Clone,
             Exec,
@@ -201,6 +213,11 @@ impl Kind {
             Coming,
             PagesEnd,
             Prefetch,
+            Later,
+            Want,
+            Whole,
+            SourceLost,
+            Settled,
             WouldStop,
             Stops,
             KnownPages,
@@ -449,6 +466,8 @@ pub struct Homecoming {
     pub objects: Vec<SharedObject>,
     /// Its threads that wait for the child of a vfork(2).
     pub vforks: Vec<Vfork>,
+    /// It is to run before all of its memory has come.
+    pub postcopy: bool,
 }
 
 /// Anonymous memory that processes share (MAP_SHARED | MAP_ANONYMOUS).
@@ -593,6 +612,8 @@ pub struct Bring {
     pub reason: crate::stay::StayReason,
     /// How its memory is sent.
     pub mode: Mode,
+    /// It can run at home before all of its memory has come.
+    pub postcopy: bool,
 }
 
 #[cfg(test)]
@@ -607,7 +628,7 @@ mod tests {
             }
         }
         assert!(Kind::from_u16(0).is_none());
-        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 47);
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 52);
     }
 
     #[test]

@@ -9,10 +9,12 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use linklayer::memory::{Fault, GuestMemory};
+
+use crate::postcopy::Pager;
 
 const PAGE: u64 = 4096;
 
@@ -25,6 +27,7 @@ pub struct ProcessMemory {
     pid: AtomicI32,
     mem: OnceLock<Option<File>>,
     maps: OnceLock<Option<File>>,
+    pager: OnceLock<Arc<Pager>>,
 }
 
 /// An area of memory as [`ProcessMemory::area_at`] finds it.
@@ -49,6 +52,24 @@ impl ProcessMemory {
             pid: AtomicI32::new(pid),
             mem: OnceLock::new(),
             maps: OnceLock::new(),
+            pager: OnceLock::new(),
+        }
+    }
+
+    /// Pages of it are still coming: what is accessed is waited for.
+    pub fn comes_by(&self, pager: Arc<Pager>) {
+        // One process is built once.
+        let _ = self.pager.set(pager);
+    }
+
+    /// Who brings the pages that are still coming.
+    pub fn pager(&self) -> Option<&Arc<Pager>> {
+        self.pager.get().filter(|pager| pager.is_open())
+    }
+
+    fn await_pages(&self, addr: u64, len: usize) {
+        if let Some(pager) = self.pager.get() {
+            pager.ensure(addr, len as u64);
         }
     }
 
@@ -67,6 +88,7 @@ impl ProcessMemory {
     /// # Errors
     /// EIO: not mapped; 0-filled nowhere: all of `buf` or an error. ENOENT, EACCES when the file cannot be opened.
     pub fn read_forced(&self, addr: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.await_pages(addr, buf.len());
         self.mem()?.read_exact_at(buf, addr)
     }
 
@@ -75,6 +97,7 @@ impl ProcessMemory {
     /// # Errors
     /// As [`ProcessMemory::read_forced`]; a part may have been written.
     pub fn write_forced(&self, addr: u64, data: &[u8]) -> io::Result<()> {
+        self.await_pages(addr, data.len());
         self.mem()?.write_all_at(data, addr)
     }
 
@@ -152,6 +175,7 @@ impl ProcessMemory {
 
     /// One transfer of at most `len` bytes; how many were transferred.
     fn transfer(&self, way: Way, local: *mut u8, addr: u64, len: usize) -> io::Result<usize> {
+        self.await_pages(addr, len);
         let mine = libc::iovec {
             iov_base: local.cast(),
             iov_len: len,

@@ -196,11 +196,11 @@ const FEATURES: &[Feature] = &[
     },
     Feature {
         name: "late_pages",
-        purpose: "running before all memory has arrived (userfaultfd for user-mode faults, Linux 5.11)",
+        purpose: "running before all memory has arrived (userfaultfd also for faults in system calls)",
         need: Need::Better,
         trial: trials::late_pages,
-        consequence: "processes wait for all of their memory when they move here",
-        remedy: "a kernel with CONFIG_USERFAULTFD; in a container, allow userfaultfd",
+        consequence: "mosmigrate --mode postcopy and hybrid are refused here: processes wait for all of their memory",
+        remedy: "let the user open /dev/userfaultfd (Linux 6.1), or sysctl vm.unprivileged_userfaultfd=1",
     },
     Feature {
         name: "leases",

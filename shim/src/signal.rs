@@ -59,6 +59,29 @@ pub fn kill_thread(pid: i32, tid: i32, signal: i32) -> io::Result<()> {
     }
 }
 
+/// Kills the process that a pidfd names, whatever has its number by now (pidfd_send_signal(2)).
+///
+/// # Errors
+/// ESRCH: it has ended.
+pub fn kill_by(process: &impl std::os::fd::AsFd) -> io::Result<()> {
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&process.as_fd());
+    // SAFETY: no pointers but a null one.
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            fd,
+            libc::SIGKILL,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
 /// kill(2).
 pub fn kill_process(pid: i32, signal: i32) -> io::Result<()> {
     // SAFETY: no pointers.

@@ -8,7 +8,9 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Instant;
 
+use linklayer::choice::{self, Round};
 use linklayer::image::{PAGE, RESERVED};
 use linklayer::pages::Writer;
 use linklayer::stay::StayReason;
@@ -28,10 +30,6 @@ const FEATURE_WP_ASYNC: u64 = 1 << 15;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
 const MODE_WP: u64 = 1 << 1;
-
-/// Memory is gone through at most so often while the process runs; not again after a round with few pages.
-const MOST_ROUNDS: u32 = 10;
-const FEW_PAGES: u64 = 256;
 
 /// Watches the memory of one process. When it is dropped, the memory is as it was.
 #[derive(Debug)]
@@ -104,7 +102,7 @@ impl Tracker {
     }
 
     /// Sends the memory of the process, which home knows as `process`, while it runs, again and again what has changed, until little changes or it does not get
-    /// less. `tell` hears after each round how far it is. Gives the number of rounds.
+    /// less. `settle` waits until what was sent has arrived; `tell` hears after each round how far it is. Gives the rounds.
     ///
     /// # Errors
     /// The process is gone, or `sink`'s.
@@ -113,30 +111,31 @@ impl Tracker {
         process: i32,
         writer: &mut Writer,
         sink: &mut impl FnMut(Kind, &[&[u8]]) -> io::Result<()>,
+        settle: &mut dyn FnMut() -> io::Result<()>,
         tell: &mut dyn FnMut(Progress),
-    ) -> io::Result<u32> {
-        let mut before = u64::MAX;
-        for round in 1..=MOST_ROUNDS {
+    ) -> io::Result<Vec<Round>> {
+        let mut rounds = Vec::new();
+        while choice::goes_on(&rounds) {
+            let begun = Instant::now();
             let runs = self.round()?;
             let pages = runs.iter().map(|r| (r.end - r.start) / PAGE).sum::<u64>();
             write_running(self.pid, &runs, writer, sink)?;
+            settle()?;
+            let took = begun.elapsed();
+            rounds.push(Round { pages, took });
             tell(Progress {
                 pid: process,
                 phase: Phase::Precopy,
                 report: MoveReport {
                     pages: writer.counts,
-                    rounds: round,
+                    rounds: rounds.len() as u32,
                     mode: Mode::Precopy,
                     ..MoveReport::default()
                 },
                 left: pages,
             });
-            if pages <= FEW_PAGES || pages > before / 4 * 3 {
-                return Ok(round);
-            }
-            before = pages;
         }
-        Ok(MOST_ROUNDS)
+        Ok(rounds)
     }
 
     fn register(&self, range: &Range<u64>) -> io::Result<()> {

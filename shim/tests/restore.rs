@@ -61,6 +61,7 @@ fn build_sharing(cage: &Cage, captured: &Captured, shared: Option<&File>) -> Reb
             Backing::Shared(_) => inside.get(captured.files.len()).copied(),
         },
         captured.pages.iter().map(|(at, data)| (*at, data.as_slice())),
+        None,
     )
     .unwrap()
 }

@@ -214,6 +214,11 @@ impl Core {
         self.session.kept_bytes()
     }
 
+    /// From now on the link is lost after so much silence.
+    pub(super) fn be_patient(&mut self, give_up_after: Duration) {
+        self.options.give_up_after = give_up_after;
+    }
+
     /// Asks the peer to acknowledge everything now.
     pub(super) fn ask_acks(&mut self) {
         self.stirred = true;

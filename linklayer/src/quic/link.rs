@@ -128,6 +128,17 @@ impl Link {
         Ok(())
     }
 
+    /// Waits until the peer has acknowledged all but so much of what was sent. Not inside [`Handler::frame`].
+    ///
+    /// # Errors
+    /// The link is lost.
+    pub fn await_sent(&self, most_bytes: usize) -> Result<(), LinkError> {
+        let mut state = self.shared.state.lock();
+        self.drive(&mut state, None, |state| {
+            (state.core.kept_bytes() <= most_bytes).then_some(())
+        })
+    }
+
     /// Sends a frame and waits for the one with [`flags::REPLY`] and the same lane, `tid` and `seq`.
     ///
     /// No two calls with the same three may wait at the same time. Must not be used inside [`Handler::frame`] of the
@@ -189,6 +200,11 @@ impl Link {
             }
         }
         self.shared.shut_down(&mut state);
+    }
+
+    /// Changes [`Options::give_up_after`] of this end.
+    pub fn be_patient(&self, give_up_after: Duration) {
+        self.shared.state.lock().core.be_patient(give_up_after);
     }
 
     /// Counters.

@@ -23,8 +23,8 @@ pub struct Listen {
 /// Answer to [`Listen`].
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum Listening {
-    /// Where, and by which key it is known there.
-    At(Place),
+    /// Where, and by which key it is known there; and why no process can run there before its memory has come (empty: it can).
+    At(Place, String),
     /// Why not.
     Refused(String),
 }
@@ -51,6 +51,10 @@ pub enum Mode {
     Freeze,
     /// Its memory is sent while it runs; what it changes meanwhile is sent again.
     Precopy,
+    /// It runs at its new place at once; its memory is sent while it runs there.
+    Postcopy,
+    /// First as [`Mode::Precopy`] for some rounds, then as [`Mode::Postcopy`] for what is left.
+    Hybrid,
 }
 
 /// A process with more memory than this gets a link of its own, bytes.
@@ -63,8 +67,22 @@ impl Mode {
     pub fn wants_precopy(self, size_bytes: u64) -> bool {
         match self {
             Mode::Auto => size_bytes >= PRECOPY_BYTES,
-            Mode::Freeze => false,
-            Mode::Precopy => true,
+            Mode::Freeze | Mode::Postcopy => false,
+            Mode::Precopy | Mode::Hybrid => true,
+        }
+    }
+
+    /// Whether memory is to be sent after the process runs at its new place.
+    pub fn is_lazy(self) -> bool {
+        matches!(self, Mode::Postcopy | Mode::Hybrid)
+    }
+
+    /// What is done by a process whose mode this is said to be when nothing was sent while it ran at its old place.
+    pub fn without_precopy(self) -> Mode {
+        if self.is_lazy() {
+            Mode::Postcopy
+        } else {
+            Mode::Freeze
         }
     }
 }
@@ -91,6 +109,8 @@ pub struct MoveTo {
     pub key: Vec<u8>,
     /// How.
     pub mode: Mode,
+    /// It can run there before all of its memory has come.
+    pub postcopy: bool,
 }
 
 /// A supervisor waits with the memory of a process that is going to come home.
@@ -145,6 +165,27 @@ pub fn present<E>(runs: &[Range<u64>], sink: &mut dyn FnMut(&[u8]) -> Result<(),
     }
 }
 
+/// Most ranges in one [`Want`].
+pub const MAX_WANTED: usize = 1024;
+
+/// Pages, by their addresses at the source, that somebody waits for at the target.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Want {
+    /// Begin and end of each run; at most [`MAX_WANTED`].
+    pub runs: Vec<(u64, u64)>,
+}
+
+/// A process has all of its memory at its new place, or will never have it.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Settled {
+    /// The process.
+    pub pid: i32,
+    /// What came after it ran there.
+    pub after: After,
+    /// Why it is lost; empty when it is not.
+    pub lost: String,
+}
+
 /// Part of a move, for the message when it fails.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -164,6 +205,8 @@ pub enum Phase {
     Restore,
     /// Going over to the new place.
     Resume,
+    /// Sending the rest of its memory while it runs there.
+    Postcopy,
 }
 
 impl std::fmt::Display for Phase {
@@ -176,6 +219,7 @@ impl std::fmt::Display for Phase {
             Phase::Transfer => "sending it",
             Phase::Restore => "building it there",
             Phase::Resume => "going over",
+            Phase::Postcopy => "sending the rest while it runs there",
         })
     }
 }
@@ -223,6 +267,17 @@ pub struct PageCounts {
     pub saved_bytes: u64,
 }
 
+/// What was done for a process after it ran at its new place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct After {
+    /// Pages that were sent.
+    pub pages: PageCounts,
+    /// How often somebody had to wait for a page, be it a fresh one.
+    pub faults: u64,
+    /// From when it ran there to the last page, microseconds.
+    pub last_page_us: u64,
+}
+
 impl std::ops::AddAssign for Times {
     fn add_assign(&mut self, other: Times) {
         self.precopy_us += other.precopy_us;
@@ -232,6 +287,14 @@ impl std::ops::AddAssign for Times {
         self.transfer_us += other.transfer_us;
         self.restore_us += other.restore_us;
         self.resume_us += other.resume_us;
+    }
+}
+
+impl std::ops::AddAssign for After {
+    fn add_assign(&mut self, other: After) {
+        self.pages += other.pages;
+        self.faults += other.faults;
+        self.last_page_us += other.last_page_us;
     }
 }
 
@@ -251,8 +314,10 @@ impl std::ops::AddAssign for PageCounts {
 pub struct MoveReport {
     /// The parts.
     pub times: Times,
-    /// Its pages.
+    /// Its pages that were sent before it ran at its new place.
     pub pages: PageCounts,
+    /// What came afterwards.
+    pub after: After,
     /// How often its memory was gone through while it ran.
     pub rounds: u32,
     /// The way it took.

@@ -50,6 +50,11 @@ enum ModeArg {
     Freeze,
     /// Most of its memory is sent while it runs
     Precopy,
+    /// It runs at its new place at once, and its memory is sent while it runs there: if its old node or the link is lost
+    /// meanwhile, it is lost
+    Postcopy,
+    /// Most of its memory is sent while it runs, and the rest while it runs at its new place
+    Hybrid,
 }
 
 impl From<ModeArg> for Mode {
@@ -58,6 +63,8 @@ impl From<ModeArg> for Mode {
             ModeArg::Auto => Mode::Auto,
             ModeArg::Freeze => Mode::Freeze,
             ModeArg::Precopy => Mode::Precopy,
+            ModeArg::Postcopy => Mode::Postcopy,
+            ModeArg::Hybrid => Mode::Hybrid,
         }
     }
 }
@@ -265,7 +272,7 @@ fn text(pid: u32, report: &MoveReport) -> String {
         way_text(report),
         ms(t.frozen_us())
     );
-    if report.mode == Mode::Precopy {
+    if matches!(report.mode, Mode::Precopy | Mode::Hybrid) {
         let rounds = report.rounds;
         out += &format!("  sent while it ran  {} in {rounds} rounds\n", ms(t.precopy_us));
     }
@@ -291,6 +298,18 @@ fn text(pid: u32, report: &MoveReport) -> String {
         out += &format!(
             "  page store         {} pages were there, {saved} saved\n",
             p.stored
+        );
+    }
+    if report.mode.is_lazy() {
+        let after = &report.after;
+        out += &format!(
+            "  while it ran there {} pages ({} zero, {} compressed), {} sent, the last after {}; waited for a page {} times\n",
+            after.pages.pages,
+            after.pages.zero,
+            after.pages.compressed,
+            bytes(after.pages.bytes),
+            ms(after.last_page_us),
+            after.faults
         );
     }
     if !report.note.is_empty() {

@@ -172,6 +172,13 @@ impl Files {
         for device in DEVICES {
             bind(&Path::new("/dev").join(device), &dev.join(device), false)?;
         }
+        if Path::new(shim::userfault::DEVICE).exists() {
+            bind(
+                Path::new(shim::userfault::DEVICE),
+                &dev.join("userfaultfd"),
+                false,
+            )?;
+        }
         // The TUN device is not there for the guests; nothing of a node needs it.
         let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
         attach(

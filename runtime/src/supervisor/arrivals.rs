@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use linklayer::frame::Header;
+use linklayer::image::{PAGE, USER_END};
 use linklayer::pages::Kept;
 use linklayer::pages::known::{Nothing, Source};
 use linklayer::quic::{Fingerprint, Handler, Link, LinkError, LinkListener, OneTimeKey, Options, ReplyTo};
@@ -18,6 +19,7 @@ use linklayer::wire::{self, Kind, Listening, MAX_RUNS, Place};
 use parking_lot::Mutex;
 
 use super::contact::Build;
+use super::postcopy::{Later, PagerSlot};
 use super::shared::{Command, Shared};
 
 /// Most bytes of pages that may wait for one process that is being built.
@@ -53,8 +55,25 @@ pub struct Arriving {
     launch: Option<wire::Launch>,
     pages: Kept,
     present: Option<Vec<(u64, u64)>>,
+    later: Option<Vec<(u64, u64)>>,
     /// It has a link of its own, so it is large enough that its pages are worth keeping.
     own_link: bool,
+}
+
+/// Most runs of pages in a list: as many as there are pages in what may come, when every other one is there.
+const MAX_LISTED: usize = MAX_PAGES_BYTES / PAGE as usize / 2;
+
+/// Adds to a list of runs of pages, which is in the order of addresses.
+fn add_runs(list: &mut Vec<(u64, u64)>, payload: &[u8]) -> Result<(), String> {
+    let more: wire::Present = wire::decode(payload).map_err(|e| e.to_string())?;
+    for (start, end) in more.runs {
+        let ordered = start < end && end <= USER_END && list.last().is_none_or(|last| last.1 <= start);
+        if !ordered || !start.is_multiple_of(PAGE) || !end.is_multiple_of(PAGE) || list.len() >= MAX_LISTED {
+            return Err("a list of pages that is none".into());
+        }
+        list.push((start, end));
+    }
+    Ok(())
 }
 
 /// What follows from a frame about a process that comes.
@@ -85,10 +104,8 @@ impl Arriving {
                     .take(kind, payload, source, MAX_PAGES_BYTES)
                     .map_err(|e| e.to_string())?;
             }
-            Kind::Present => {
-                let more: wire::Present = wire::decode(payload).map_err(|e| e.to_string())?;
-                self.present.get_or_insert_default().extend(more.runs);
-            }
+            Kind::Present => add_runs(self.present.get_or_insert_default(), payload)?,
+            Kind::Later => add_runs(self.later.get_or_insert_default(), payload)?,
             Kind::LaunchBuild => {
                 if let Some(present) = self.present.take() {
                     self.pages.retain(&present);
@@ -156,7 +173,15 @@ impl Arrivals {
         }
         let arriving = all.remove(&pid).unwrap_or_default();
         drop(all);
-        prepare(shared, arriving, answer)
+        if arriving.later.is_some() {
+            return Err("pages that come later, on the contact".into());
+        }
+        prepare(shared, arriving, answer, &PagerSlot::default())
+    }
+
+    /// A process has come as far as that its link belongs to who brings the rest.
+    pub fn handed_over(&self, pid: i32) {
+        self.links.lock().remove(&pid);
     }
 
     /// A process does not come, or is no more.
@@ -189,6 +214,7 @@ impl Arrivals {
                 number,
                 over: AtomicBool::new(false),
                 arriving: Mutex::default(),
+                pager: PagerSlot::default(),
             });
             let peer = Fingerprint(request.peer);
             match listener.accept(peer, own.clone(), ACCEPT_TIMEOUT, Options::of_process()) {
@@ -201,7 +227,7 @@ impl Arrivals {
                 Err(e) => tracing::debug!(pid, error = %e, "nobody came"),
             }
         });
-        Listening::At(place)
+        Listening::At(place, shim::userfault::source().err().unwrap_or_default())
     }
 }
 
@@ -212,6 +238,8 @@ struct OwnLink {
     number: u64,
     over: AtomicBool,
     arriving: Mutex<Arriving>,
+    /// Who gets the pages that come when it runs.
+    pager: PagerSlot,
 }
 
 impl OwnLink {
@@ -234,6 +262,9 @@ impl Handler for OwnLink {
             if header.tid != self.pid {
                 return Err(format!("process {} on the link of {}", header.tid, self.pid));
             }
+            if let Some(pager) = self.pager.get() {
+                return pager.frame(kind, &payload);
+            }
             let mut arriving = self.arriving.lock();
             let answer = ReplyTo {
                 link: link.clone(),
@@ -241,7 +272,7 @@ impl Handler for OwnLink {
                 header,
             };
             match kind {
-                Kind::Prefetch => return prefetch(&self.shared, &payload),
+                Kind::Prefetch => return prefetch(&self.shared, &payload, answer),
                 Kind::Known => {
                     tell_known(&self.shared, answer);
                     return Ok(());
@@ -260,17 +291,28 @@ impl Handler for OwnLink {
                 own_link: true,
                 ..std::mem::take(&mut *arriving)
             };
-            prepare(&self.shared, arriving, answer)
+            prepare(&self.shared, arriving, answer, &self.pager)
         });
         if let Err(why) = done {
             tracing::error!(pid = self.pid, %why, "the sender of a process breaks the protocol");
             link.close();
-            self.end();
+            self.over(&why);
         }
     }
 
     fn lost(&self, why: &LinkError) {
         tracing::debug!(pid = self.pid, error = %why, "link of a process");
+        self.over(&why.to_string());
+    }
+}
+
+impl OwnLink {
+    /// Nothing more comes by it.
+    fn over(&self, why: &str) {
+        if let Some(pager) = self.pager.get() {
+            pager.lost(why);
+            return;
+        }
         *self.arriving.lock() = Arriving::default();
         self.end();
     }
@@ -284,8 +326,8 @@ fn tell_known(shared: &Arc<Shared>, answer: ReplyTo) {
     });
 }
 
-/// Fetches files for a process that is going to come. What cannot be had now is fetched when it is built.
-fn prefetch(shared: &Arc<Shared>, payload: &[u8]) -> Result<(), String> {
+/// Fetches files for a process that is going to come, and says so. What cannot be had now is fetched when it is built.
+fn prefetch(shared: &Arc<Shared>, payload: &[u8], answer: ReplyTo) -> Result<(), String> {
     let files: wire::Prefetch = wire::decode(payload).map_err(|e| e.to_string())?;
     let starter = shared.starter.clone();
     let shared = shared.clone();
@@ -295,18 +337,30 @@ fn prefetch(shared: &Arc<Shared>, payload: &[u8]) -> Result<(), String> {
                 tracing::debug!(id = file.id, error = %e, "file not fetched yet");
             }
         }
+        answer.errno(0);
     });
     Ok(())
 }
 
 /// Fetches what is missing of the files, off the thread that delivers frames, and hands the whole to the tracer.
-fn prepare(shared: &Arc<Shared>, arriving: Arriving, answer: ReplyTo) -> Result<(), String> {
+fn prepare(
+    shared: &Arc<Shared>,
+    arriving: Arriving,
+    answer: ReplyTo,
+    pager: &PagerSlot,
+) -> Result<(), String> {
     let Arriving {
         launch,
         pages,
         own_link,
+        later,
         ..
     } = arriving;
+    let later = later.map(|runs| Later {
+        runs,
+        link: answer.link.clone(),
+        pager: pager.clone(),
+    });
     let launch = launch.ok_or("a process without a description")?;
     let starter = shared.starter.clone();
     let shared = shared.clone();
@@ -321,6 +375,7 @@ fn prepare(shared: &Arc<Shared>, arriving: Arriving, answer: ReplyTo) -> Result<
                     files,
                     ahead,
                     begun,
+                    later,
                     answer,
                 })));
             }
@@ -354,7 +409,6 @@ fn missing(shared: &Shared, launch: &wire::Launch) -> Result<Missing, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use linklayer::image::PAGE;
 
     fn frame(arriving: &mut Arriving, kind: Kind, payload: &[u8]) -> Result<Next, String> {
         arriving.frame(5, kind, payload, &Nothing)
@@ -388,6 +442,12 @@ mod tests {
             runs: vec![(0, PAGE)],
         });
         assert_eq!(frame(&mut arriving, Kind::Present, &present), Ok(Next::More));
+        let nonsense = wire::encode(&wire::Present {
+            runs: vec![(PAGE, 0)],
+        });
+        assert!(frame(&mut arriving, Kind::Later, &nonsense).is_err());
+        let again = frame(&mut arriving, Kind::Present, &present);
+        assert!(again.is_err(), "the same once more");
         assert!(frame(&mut arriving, Kind::Launch, b"nonsense").is_err());
         assert!(frame(&mut arriving, Kind::Signal, &[]).is_err());
         assert_eq!(frame(&mut arriving, Kind::LaunchBuild, &[]), Ok(Next::Build));

@@ -15,7 +15,8 @@ use linklayer::wire;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use shim::cage::{Cage, CageOptions};
 use shim::ptrace::{self, Status, Target};
-use shim::restore::Backing;
+use shim::restore::{Backing, Faults};
+use shim::userfault::Source;
 
 use super::contact::Build;
 use super::guest::{Guest, Thread};
@@ -57,7 +58,11 @@ impl Tracer {
 
     fn build_guest(&mut self, build: Build, pages: &Kept) -> anyhow::Result<()> {
         let Build {
-            launch, files, ahead, ..
+            launch,
+            files,
+            ahead,
+            later,
+            ..
         } = build;
         self.shared.remember_home(&launch);
         let image = launch.image;
@@ -89,7 +94,14 @@ impl Tracer {
             )
             .collect();
         backings.sort_unstable_by_key(|(backing, _)| *backing);
-        let fds: Vec<_> = backings.iter().map(|(_, fd)| *fd).collect();
+        let mut fds: Vec<_> = backings.iter().map(|(_, fd)| *fd).collect();
+        let source = match &later {
+            Some(_) => Some(shim::userfault::source().map_err(anyhow::Error::msg)?),
+            None => None,
+        };
+        if let Some(Source::Device(device)) = &source {
+            fds.push(device.as_fd());
+        }
         let blank = cage.spawn_blank(pid, &fds).context("new process in the cage")?;
         let inside: HashMap<Backing, i32> = backings
             .iter()
@@ -106,7 +118,11 @@ impl Tracer {
             anyhow::bail!("the new process died");
         };
         let inside = |backing| inside.get(&backing).copied();
-        let mut built = shim::restore::rebuild(stopped, &image, &inside, pages.runs())
+        let faults = source.as_ref().map(|source| match source {
+            Source::Call => Faults::Call,
+            Source::Device(_) => Faults::Device(blank.fds_inside.last().copied().unwrap_or(-1)),
+        });
+        let mut built = shim::restore::rebuild(stopped, &image, &inside, pages.runs(), faults)
             .context("rebuilding the process")?;
         let pid_here = built.pid();
         let installed =
@@ -118,6 +134,7 @@ impl Tracer {
         } else {
             Vec::new()
         };
+        let userfault = built.take_userfault();
         let stopped = built.finish_all().context("rebuilding the process")?;
         let listener = Arc::new(listener);
         let turn = Arc::new(Turn::default());
@@ -131,6 +148,10 @@ impl Tracer {
         )?);
         for (timer, overrun) in launch.overruns.into_iter().take(MAX_TIMERS) {
             guest.overruns.lock().put(timer, overrun);
+        }
+        if let (Some(later), Some(userfault)) = (later, userfault) {
+            super::postcopy::begin(&self.shared, &guest, &image, userfault, later)?;
+            self.shared.arrivals.handed_over(pid);
         }
         self.shared.guests.write().insert(pid, guest.clone());
         if image.leader_ended() {

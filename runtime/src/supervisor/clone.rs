@@ -83,6 +83,9 @@ impl Tracer {
                 shim::ptrace::interrupt(outer)?;
                 stopped.cont(0)?;
             }
+            Ok(request) if !request.shares_memory() && thread.guest.memory.pager().is_some() => {
+                self.fork_later(outer, stopped);
+            }
             Ok(request) => {
                 let mask = SignalStatus::read(outer).unwrap_or_default().blocked;
                 let body = wire::Clone {
@@ -345,6 +348,9 @@ impl Tracer {
             )?;
             if request.shares_memory() {
                 guest.space = parent.guest.space;
+                if let Some(pager) = parent.guest.memory.pager() {
+                    guest.memory.comes_by(pager.clone());
+                }
             }
             let guest = Arc::new(guest);
             self.shared.guests.write().insert(home, guest.clone());

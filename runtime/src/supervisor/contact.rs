@@ -29,6 +29,8 @@ pub struct Build {
     pub ahead: Clocks,
     /// When everything had come.
     pub begun: Instant,
+    /// The pages that come when it runs.
+    pub later: Option<super::postcopy::Later>,
     /// Where to say how it went.
     pub answer: ReplyTo,
 }

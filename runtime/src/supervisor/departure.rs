@@ -3,15 +3,18 @@
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use linklayer::choice;
 use linklayer::image::{AreaKind, ProcessImage};
 use linklayer::pages::Writer;
-use linklayer::quic::{Fingerprint, Link, LinkError, OneTimeKey, Options, SendOnly};
+use linklayer::quic::{Fingerprint, Link, LinkError, OneTimeKey, Options};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, LARGE_BYTES, Mode, MoveReport, MoveTo, Phase};
 use shim::capture::{SendError, learn_known, send_process, shared_objects};
+use shim::postcopy::{Pushed, Pusher, SourceLink};
 use shim::process::resident_bytes;
 use shim::track::Tracker;
 
@@ -29,10 +32,23 @@ pub(super) struct Departure {
     /// Why it goes home, if it does not go to another node.
     home: Option<StayReason>,
     link: Link,
+    /// What the other end may say on it.
+    source: Arc<SourceLink>,
+    /// It is to run there before all of its memory has come.
+    lazy: bool,
     pub(super) tracker: Option<Tracker>,
     writer: Writer,
     report: MoveReport,
     since: Instant,
+}
+
+/// What a departure consists of on its way home.
+pub(super) struct Parts {
+    pub(super) link: Link,
+    pub(super) source: Arc<SourceLink>,
+    pub(super) tracker: Option<Tracker>,
+    pub(super) writer: Writer,
+    pub(super) report: MoveReport,
 }
 
 /// Why a guest does not leave.
@@ -72,6 +88,7 @@ fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure
     let pid = order.pid;
     let guest = shared.guests.read().get(&pid).cloned();
     let guest = guest.ok_or_else(|| Failure::new(Phase::Seize, "it is not here any more"))?;
+    await_memory(&guest)?;
     if let Some(why) = shares_memory(shared, &guest) {
         return Err(Failure::new(Phase::Reach, why));
     }
@@ -83,24 +100,33 @@ fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure
     };
     let key = OneTimeKey::from_bytes(&order.key).map_err(reach)?;
     let peer = Fingerprint(order.place.fingerprint);
+    let source = Arc::new(SourceLink::default());
     let link = Link::connect(
         order.place.addr,
         &key,
         peer,
-        Arc::new(SendOnly),
+        source.clone(),
         Options::of_process(),
     )
     .map_err(reach)?;
-    let mut departure = Departure::new(pid, None, link);
+    let mut departure = Departure::new(pid, None, (link, source), order.mode);
     announce_files(shared, &guest, &departure);
     learn_known(&departure.link, pid, &order.place, &mut departure.writer);
     if order.mode.wants_precopy(resident_bytes(guest.memory.pid()))
-        && let Err(why) = precopy(shared, &mut departure)
+        && let Err(why) = precopy(shared, &mut departure, order.mode, order.postcopy)
     {
         departure.not_while_it_ran(&why);
     }
     departure.since = Instant::now();
     Ok(departure)
+}
+
+/// A guest whose own memory is still coming goes on until it is there.
+fn await_memory(guest: &Guest) -> Result<(), Failure> {
+    match guest.memory.pager() {
+        Some(pager) => pager.wait().map_err(|e| Failure::new(Phase::Seize, e)),
+        None => Ok(()),
+    }
 }
 
 /// Why a guest does not go alone: those who share memory go together, by way of home.
@@ -116,7 +142,7 @@ fn shares_memory(shared: &Shared, guest: &Guest) -> Option<&'static str> {
         .then_some("it maps memory that can be shared")
 }
 
-/// Tells the other node which files the guest maps, so that they are there when it is built.
+/// Tells the other node which files the guest maps, and waits until they are there.
 fn announce_files(shared: &Shared, guest: &Guest, departure: &Departure) {
     let lines = shim::capture::map_lines(guest.memory.pid(), false).unwrap_or_default();
     let mut seen = HashSet::new();
@@ -127,10 +153,7 @@ fn announce_files(shared: &Shared, guest: &Guest, departure: &Departure) {
         .filter_map(|id| shared.files.known(id))
         .collect();
     let body = wire::encode(&wire::Prefetch { files });
-    if let Err(e) = departure
-        .link
-        .tell(departure.pid, departure.pid, Kind::Prefetch, &[&body])
-    {
+    if let Err(e) = departure.link.ask(departure.pid, Kind::Prefetch, &body) {
         tracing::debug!(error = %e, "files not announced");
     }
 }
@@ -138,10 +161,33 @@ fn announce_files(shared: &Shared, guest: &Guest, departure: &Departure) {
 /// Home wants a guest back. One with little memory is stopped at once and sent on the contact; for another, home connects to a
 /// link of its own first.
 pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
-    let wire::Bring { pid, reason, mode } = bring;
+    let wire::Bring {
+        pid,
+        reason,
+        mode,
+        postcopy,
+    } = bring;
     let guest = shared.guests.read().get(&pid).cloned();
+    let pager = guest.as_ref().and_then(|g| g.memory.pager());
+    if let Some(pager) = pager.cloned() {
+        let starter = shared.starter.clone();
+        let shared = shared.clone();
+        starter.start("departure", move || {
+            // One that is lost is not brought home.
+            if pager.wait().is_ok() {
+                let bring = wire::Bring {
+                    pid,
+                    reason,
+                    mode,
+                    postcopy,
+                };
+                begin_home(&shared, bring);
+            }
+        });
+        return;
+    }
     let size_bytes = guest.map_or(0, |g| resident_bytes(g.memory.pid()));
-    if size_bytes <= LARGE_BYTES && mode != Mode::Precopy {
+    if size_bytes <= LARGE_BYTES && matches!(mode, Mode::Auto | Mode::Freeze) {
         shared.post(Command::GoHome(pid, reason));
         return;
     }
@@ -149,9 +195,9 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
     let shared = shared.clone();
     starter.start("departure", move || match link_to_home(&shared, pid) {
         Ok(link) => {
-            let mut departure = Departure::new(pid, Some(reason), link);
+            let mut departure = Departure::new(pid, Some(reason), link, mode);
             if mode.wants_precopy(size_bytes)
-                && let Err(why) = precopy(&shared, &mut departure)
+                && let Err(why) = precopy(&shared, &mut departure, mode, postcopy)
             {
                 departure.not_while_it_ran(&why);
             }
@@ -166,7 +212,7 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
 }
 
 /// Has home connect to a link for the memory of one process.
-fn link_to_home(shared: &Arc<Shared>, pid: i32) -> anyhow::Result<Link> {
+fn link_to_home(shared: &Arc<Shared>, pid: i32) -> anyhow::Result<(Link, Arc<SourceLink>)> {
     let key = OneTimeKey::generate()?;
     let (listener, place) = arrivals::bind(shared)?;
     let request = wire::Coming {
@@ -176,24 +222,33 @@ fn link_to_home(shared: &Arc<Shared>, pid: i32) -> anyhow::Result<Link> {
     };
     let (say, said) = crossbeam_channel::bounded(1);
     let peer = key.fingerprint();
+    let source = Arc::new(SourceLink::default());
+    let handler = source.clone();
     shared.starter.start("accept", move || {
-        let _ = say.send(listener.accept(peer, Arc::new(SendOnly), ACCEPT_TIMEOUT, Options::of_process()));
+        let _ = say.send(listener.accept(peer, handler, ACCEPT_TIMEOUT, Options::of_process()));
     });
     let answer = shared.ask(pid, pid, Kind::Coming, &wire::encode(&request))?;
     wire::done(&answer).context("home")?;
-    Ok(said.recv()??)
+    Ok((said.recv()??, source))
 }
 
 impl Departure {
-    fn new(pid: i32, home: Option<StayReason>, link: Link) -> Departure {
+    fn new(
+        pid: i32,
+        home: Option<StayReason>,
+        (link, source): (Link, Arc<SourceLink>),
+        mode: Mode,
+    ) -> Departure {
         Departure {
             pid,
             home,
             link,
+            source,
+            lazy: mode.is_lazy(),
             tracker: None,
             writer: Writer::default(),
             report: MoveReport {
-                mode: Mode::Freeze,
+                mode: mode.without_precopy(),
                 ..MoveReport::default()
             },
             since: Instant::now(),
@@ -202,7 +257,7 @@ impl Departure {
 
     fn not_while_it_ran(&mut self, why: &str) {
         self.report.note = format!("not sent while it ran: {why}");
-        self.report.mode = Mode::Freeze;
+        self.report.mode = if self.lazy { Mode::Postcopy } else { Mode::Freeze };
         self.tracker = None;
     }
 
@@ -212,12 +267,28 @@ impl Departure {
     }
 
     /// The way home for the memory of its process.
-    pub(super) fn into_parts(self) -> (Link, Option<Tracker>, Writer, MoveReport) {
-        (self.link, self.tracker, self.writer, self.report)
+    pub(super) fn into_parts(self) -> Parts {
+        Parts {
+            link: self.link,
+            source: self.source,
+            tracker: self.tracker,
+            writer: self.writer,
+            report: self.report,
+        }
+    }
+
+    /// Whether it is to run at home before all of its memory has come.
+    pub(super) fn is_lazy(&self) -> bool {
+        self.lazy
     }
 }
 
-fn precopy(shared: &Arc<Shared>, departure: &mut Departure) -> Result<(), String> {
+fn precopy(
+    shared: &Arc<Shared>,
+    departure: &mut Departure,
+    mode: Mode,
+    possible: bool,
+) -> Result<(), String> {
     let begun = Instant::now();
     let pid = departure.pid;
     let (done, tracked) = crossbeam_channel::bounded(1);
@@ -229,11 +300,17 @@ fn precopy(shared: &Arc<Shared>, departure: &mut Departure) -> Result<(), String
             pid,
             &mut departure.writer,
             &mut |kind, parts| link.tell(pid, pid, kind, parts).map_err(io::Error::other),
+            &mut || link.await_sent(choice::QUEUED_BYTES).map_err(io::Error::other),
             &mut |progress| tell_progress(shared, pid, &progress),
         )
         .map_err(|e| e.to_string())?;
-    departure.report.rounds = rounds;
-    departure.report.mode = Mode::Precopy;
+    departure.lazy = choice::comes_later(mode, &rounds, possible);
+    departure.report.rounds = rounds.len() as u32;
+    departure.report.mode = if departure.lazy {
+        Mode::Hybrid
+    } else {
+        Mode::Precopy
+    };
     departure.report.times.precopy_us = begun.elapsed().as_micros() as u64;
     departure.tracker = Some(tracker);
     Ok(())
@@ -322,7 +399,11 @@ impl Tracer {
         departure.report.times.dump_us = begun.elapsed().as_micros() as u64;
         let (shared, guest) = (self.shared.clone(), guest.clone());
         self.shared.starter.start("departure", move || {
-            let result = transfer(&shared, guest.memory.pid(), &launch, &mut departure);
+            let result = transfer(&shared, &guest, &launch, &mut departure).map(|rest| {
+                if let Some(pusher) = rest {
+                    push(&pusher, &departure.link);
+                }
+            });
             shared.post(Command::Departed(pid, guest.outer, result));
             departure.link.close();
         });
@@ -376,19 +457,30 @@ impl Tracer {
     }
 }
 
-/// Builds the guest at the other node and has home decide.
+/// Sends the rest of a guest that runs elsewhere already, and stands still here.
+pub(super) fn push(pusher: &Pusher, link: &Link) {
+    match pusher.run(link) {
+        // Nothing of it is needed any more; it is forgotten at once, and before another of this pid is built here.
+        Pushed::Whole(reply) => reply.errno(0),
+        Pushed::Over(why) => tracing::debug!(?pusher, why, "the rest of its memory is not sent"),
+    }
+}
+
+/// Builds the guest at the other node and has home decide. Gives what is to send the rest when it runs there.
 fn transfer(
     shared: &Shared,
-    reached_by: i32,
+    guest: &Guest,
     launch: &wire::Launch,
     departure: &mut Departure,
-) -> Result<(), Failure> {
+) -> Result<Option<Arc<Pusher>>, Failure> {
     let pid = departure.pid;
-    send_process(
+    let reached_by = guest.memory.pid();
+    let later = send_process(
         &departure.link,
         launch,
         reached_by,
         departure.tracker.as_ref(),
+        departure.lazy,
         &mut departure.writer,
         &mut departure.report,
     )
@@ -396,6 +488,13 @@ fn transfer(
         SendError::Refused(why) => Failure::new(Phase::Restore, why),
         e => Failure::new(Phase::Transfer, e),
     })?;
+    let rest = if departure.lazy {
+        let pusher = Pusher::new(pid, reached_by, later).map_err(|e| Failure::new(Phase::Transfer, e))?;
+        departure.source.serve(pusher.clone());
+        Some(pusher)
+    } else {
+        None
+    };
     let moved = wire::Moved {
         pid,
         report: departure.report.clone(),
@@ -404,5 +503,8 @@ fn transfer(
     let answer = shared
         .ask(pid, pid, Kind::Moved, &wire::encode(&moved))
         .map_err(|e| home(&e))?;
-    wire::done(&answer).map_err(|e| home(&e))
+    wire::done(&answer).map_err(|e| home(&e))?;
+    // What is left here is no guest any more.
+    guest.leaving.store(true, Ordering::Release);
+    Ok(rest)
 }

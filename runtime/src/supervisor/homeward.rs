@@ -23,6 +23,10 @@ use super::transfer::{self, Member};
 impl Tracer {
     /// Goes on with stopping a guest when all its threads have stopped.
     pub(super) fn all_held(&mut self, pid: i32) -> anyhow::Result<()> {
+        if self.is_incomplete(pid) {
+            // It is looked at again when it has all of its memory.
+            return Ok(());
+        }
         match self.holds.get(&pid) {
             Some(Hold::Home { first, .. }) => {
                 let first = *first;
@@ -62,7 +66,8 @@ impl Tracer {
                 .filter_map(|pid| guests.get(pid).cloned())
                 .collect()
         };
-        if members.is_empty() || !members.iter().all(|guest| self.stands_still(guest)) {
+        let ready = |guest: &Arc<Guest>| self.stands_still(guest) && guest.memory.pager().is_none();
+        if members.is_empty() || !members.iter().all(ready) {
             return Ok(());
         }
         let pids: Vec<i32> = members.iter().map(|guest| guest.pid).collect();

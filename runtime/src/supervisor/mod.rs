@@ -17,6 +17,7 @@ mod guest;
 pub mod handshake;
 mod homeward;
 mod notify;
+mod postcopy;
 mod proc_files;
 mod quiet;
 mod shared;

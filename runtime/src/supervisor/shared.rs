@@ -66,6 +66,8 @@ pub enum Command {
     Track(i32, Sender<Result<shim::track::Tracker, String>>),
     /// Home keeps back what arrives for a guest, or there is nothing any more to be kept back for.
     Quiet(i32, bool),
+    /// A guest that ran before its memory had come has all of it, or has ended.
+    Settled,
     /// Everything ends.
     End(String),
 }

@@ -149,6 +149,8 @@ pub struct Tracer {
     /// Sleeps whose length is set when they run.
     pub(super) sleeps: HashMap<i32, Vec<linklayer::image::Sleep>>,
     pub(super) next_token: u64,
+    /// Threads that stand before a fork until their guest has all of its memory.
+    pub(super) forks: HashMap<i32, Stopped>,
     /// Signals for processes that have no guest yet.
     pub(super) early: Vec<wire::Signal>,
     /// The thread whose clone is in the kernel: the number of the next process is one word for the whole cage.
@@ -190,6 +192,7 @@ impl Tracer {
             built: HashMap::new(),
             sleeps: HashMap::new(),
             next_token: super::signals::FIRST_TOKEN,
+            forks: HashMap::new(),
             early: Vec::new(),
             cloning_now: None,
             clone_queue: std::collections::VecDeque::new(),
@@ -295,6 +298,7 @@ impl Tracer {
             Command::Departed(..) => Ok(()),
             Command::Track(pid, done) => self.track(pid, done),
             Command::Quiet(pid, kept) => self.home_keeps_back(pid, kept),
+            Command::Settled => self.settled(),
             Command::End(_) => Ok(()),
         }
     }
@@ -543,6 +547,7 @@ impl Tracer {
             return;
         };
         self.clone_left(outer);
+        self.forks.remove(&outer);
         self.shared.threads.write().remove(&outer);
         let guest = traced.thread.guest.clone();
         self.vfork_ended(guest.pid);
@@ -553,6 +558,10 @@ impl Tracer {
             return;
         }
         self.shared.guests.write().remove(&guest.pid);
+        let alone = !self.shared.guests.read().values().any(|g| g.space == guest.space);
+        if let Some(pager) = guest.memory.pager().filter(|_| alone) {
+            pager.needless();
+        }
         self.frozen.remove(&guest.pid);
         self.built.remove(&guest.pid);
         self.since.remove(&guest.pid);

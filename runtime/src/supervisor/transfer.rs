@@ -3,17 +3,20 @@
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::Context;
 use linklayer::image::ProcessImage;
 use linklayer::pages::Writer;
+use linklayer::quic::Link;
 use linklayer::stay::StayReason;
-use linklayer::wire::{self, Kind, Phase, Times, Vfork};
+use linklayer::wire::{self, Kind, Mode, Phase, Times, Vfork};
 use shim::capture::SharedObjects;
+use shim::postcopy::Pusher;
 use shim::track::Tracker;
 
-use super::departure::{self, Departure};
+use super::departure::{self, Departure, Parts};
 use super::shared::{Command, Shared};
 
 /// A captured guest.
@@ -44,6 +47,12 @@ fn send(shared: &Shared, mut members: Vec<Member>, times: Times) -> anyhow::Resu
     let mut group: Vec<i32> = members.iter().map(|m| m.pid).collect();
     let shared_memory = SharedObjects::of(members.iter().map(|m| (m.reached_by, &m.image)));
     let lane = group.first().copied().unwrap_or_default();
+    // Who shares memory comes with it.
+    let lazy = |member: &Member| {
+        members.len() == 1
+            && shared_memory.named_by(&member.image).is_empty()
+            && member.own.as_ref().is_some_and(Departure::is_lazy)
+    };
     for member in &members {
         let body = wire::Homecoming {
             image: member.image.clone(),
@@ -51,6 +60,7 @@ fn send(shared: &Shared, mut members: Vec<Member>, times: Times) -> anyhow::Resu
             group: group.clone(),
             objects: shared_memory.named_by(&member.image),
             vforks: member.vforks.clone(),
+            postcopy: lazy(member),
         };
         let body = wire::encode(&body);
         let answer = shared.ask(lane, member.pid, Kind::Homecoming, &body)?;
@@ -61,6 +71,8 @@ fn send(shared: &Shared, mut members: Vec<Member>, times: Times) -> anyhow::Resu
         }
         wire::done(&answer).context("layout at home")?;
     }
+    let lazily: HashSet<i32> = members.iter().filter(|m| lazy(m)).map(|m| m.pid).collect();
+    let mut rest = None;
     let begun = Instant::now();
     let mut writer = Writer::default();
     let mut spaces = HashSet::new();
@@ -76,8 +88,9 @@ fn send(shared: &Shared, mut members: Vec<Member>, times: Times) -> anyhow::Resu
         }
         match member.own.take() {
             Some(own) => {
-                let (sent, tracker) = send_own(member, own)?;
+                let (sent, tracker, more) = send_own(member, own, lazily.contains(&member.pid))?;
                 trackers.extend(tracker);
+                rest = rest.or(more);
                 report.times += sent.times;
                 report.pages += sent.pages;
                 report.rounds = report.rounds.max(sent.rounds);
@@ -107,26 +120,65 @@ fn send(shared: &Shared, mut members: Vec<Member>, times: Times) -> anyhow::Resu
         departure::tell_progress(shared, lane, &progress);
     }
     let commit = wire::encode(&wire::HomeCommit { group });
-    wire::done(&shared.ask(lane, lane, Kind::HomeCommit, &commit)?).context("resuming at home")
+    wire::done(&shared.ask(lane, lane, Kind::HomeCommit, &commit)?).context("resuming at home")?;
+    if let Some(Rest { link, pusher }) = rest {
+        if let Some(guest) = shared.guests.read().get(&lane) {
+            // What is left here is no guest any more.
+            guest.leaving.store(true, Ordering::Release);
+        }
+        departure::push(&pusher, &link);
+    }
+    Ok(())
 }
 
-/// Sends the memory of a process on its own link, and waits until home has written it.
-fn send_own(member: &Member, own: Departure) -> anyhow::Result<(wire::MoveReport, Option<Tracker>)> {
-    let (link, tracker, mut writer, mut report) = own.into_parts();
+/// What of a process that runs at home is still to be sent.
+struct Rest {
+    link: Link,
+    pusher: Arc<Pusher>,
+}
+
+/// Sends the memory of a process on its own link, and waits until home has written it. With `lazy`, what can come later is given
+/// back.
+fn send_own(
+    member: &Member,
+    own: Departure,
+    lazy: bool,
+) -> anyhow::Result<(wire::MoveReport, Option<Tracker>, Option<Rest>)> {
+    let wanted = own.is_lazy();
+    let Parts {
+        link,
+        source,
+        tracker,
+        mut writer,
+        mut report,
+    } = own.into_parts();
+    if wanted && !lazy {
+        report.mode = if tracker.is_some() {
+            Mode::Precopy
+        } else {
+            Mode::Freeze
+        };
+        report.note = "not sent while it runs at home: it shares memory".into();
+    }
     let pid = member.pid;
     let all = shim::capture::all_runs(member.reached_by, &member.image.areas)?;
     let mut sink = |kind: Kind, parts: &[&[u8]]| link.tell(pid, pid, kind, parts).map_err(io::Error::other);
-    match &tracker {
-        Some(tracker) => {
-            let runs = tracker.round()?;
-            shim::capture::write_pages(member.reached_by, &runs, &mut writer, &mut sink)?;
-            wire::present(&all, &mut |body| sink(Kind::Present, &[body]))?;
-        }
-        None => shim::capture::write_pages(member.reached_by, &all, &mut writer, &mut sink)?,
-    }
+    let later = shim::capture::send_pages(
+        &member.image,
+        member.reached_by,
+        (&all, tracker.as_ref()),
+        lazy,
+        &mut writer,
+        &mut sink,
+    )?;
     report.pages = writer.counts;
     wire::done(&link.ask(pid, Kind::PagesEnd, &[])?).context("memory at home")?;
-    Ok((report, tracker))
+    if !lazy {
+        return Ok((report, tracker, None));
+    }
+    let pusher = Pusher::new(pid, member.reached_by, later)?;
+    source.serve(pusher.clone());
+    Ok((report, tracker, Some(Rest { link, pusher })))
 }
 
 fn send_pages(shared: &Shared, lane: i32, member: &Member, writer: &mut Writer) -> anyhow::Result<()> {

@@ -37,6 +37,8 @@ fn measure(shared: &Shared) -> wire::Usage {
         .guests
         .read()
         .values()
+        // One that has left may still be here until all of its memory is there.
+        .filter(|g| !g.leaving.load(Ordering::Acquire))
         .filter_map(|g| {
             parse(
                 g.pid,

@@ -25,8 +25,9 @@ use crate::xstate;
 pub use maps::{MapLine, file_id, map_lines, reserved, shared_objects};
 pub(crate) use pages::{Found, scan_written};
 pub use pages::{page_runs, page_runs_of};
-pub use send::{SendError, learn_known, send_process};
+pub use send::{SendError, learn_known, send_pages, send_process};
 pub use shared::{SharedObjects, reserves};
+pub(crate) use stream::write_memory;
 pub use stream::{all_runs, write_pages, write_running};
 
 /// Why a process could not be described. It is as it was.

@@ -1,8 +1,10 @@
 //! Sending a process that stands still to where it is built.
 
 use std::io;
+use std::ops::Range;
 use std::time::Instant;
 
+use linklayer::image::ProcessImage;
 use linklayer::pages::Writer;
 use linklayer::pages::known::Known;
 use linklayer::quic::{Link, LinkError};
@@ -11,6 +13,7 @@ use linklayer::wire::{self, Kind, Launch, LaunchReady, Malformed, MoveReport, Pl
 use thiserror::Error;
 
 use super::{all_runs, write_pages};
+use crate::postcopy::divide;
 use crate::track::Tracker;
 
 /// How often pages that the other end turned out not to have are sent as they are.
@@ -49,7 +52,8 @@ pub fn learn_known(link: &Link, pid: i32, place: &Place, writer: &mut Writer) {
 }
 
 /// Sends a process, of which some pages may have been sent while it ran (`tracker` tells which have changed since), and waits
-/// until it stands ready. `report` gets what that took.
+/// until it stands ready. `report` gets what that took. With `lazy`, only what cannot come later is sent; given back are the pages
+/// that are to be sent when it runs.
 ///
 /// # Errors
 /// See [`SendError`].
@@ -58,21 +62,23 @@ pub fn send_process(
     launch: &Launch,
     reached_by: i32,
     tracker: Option<&Tracker>,
+    lazy: bool,
     writer: &mut Writer,
     report: &mut MoveReport,
-) -> Result<(), SendError> {
+) -> Result<Vec<Range<u64>>, SendError> {
     let pid = launch.image.pid;
     let begun = Instant::now();
     let all = all_runs(reached_by, &launch.image.areas)?;
     link.tell(pid, pid, Kind::Launch, &[&wire::encode(launch)])?;
-    let mut sink = |kind, parts: &[&[u8]]| link.tell(pid, pid, kind, parts).map_err(io::Error::other);
-    match tracker {
-        Some(tracker) => {
-            write_pages(reached_by, &tracker.round()?, writer, &mut sink)?;
-            wire::present(&all, &mut |body| sink(Kind::Present, &[body]))?;
-        }
-        None => write_pages(reached_by, &all, writer, &mut sink)?,
-    }
+    let mut sink = |kind: Kind, parts: &[&[u8]]| link.tell(pid, pid, kind, parts).map_err(io::Error::other);
+    let later = send_pages(
+        &launch.image,
+        reached_by,
+        (&all, tracker),
+        lazy,
+        writer,
+        &mut sink,
+    )?;
     report.times.pages_us = begun.elapsed().as_micros() as u64;
     report.pages = writer.counts;
     let asked = Instant::now();
@@ -104,5 +110,71 @@ pub fn send_process(
     let waited = asked.elapsed().as_micros() as u64;
     report.times.restore_us = ready.restore_us.min(waited);
     report.times.transfer_us = waited - report.times.restore_us;
-    Ok(())
+    Ok(later)
+}
+
+/// Sends the pages of a process that stands still, of which `all` are all; those that have not changed since they were sent while it
+/// ran are left out (`tracker`). With `lazy`, so are those that can come later, which are given back.
+///
+/// # Errors
+/// The process is gone, or `sink`'s.
+pub fn send_pages(
+    image: &ProcessImage,
+    reached_by: i32,
+    (all, tracker): (&[Range<u64>], Option<&Tracker>),
+    lazy: bool,
+    writer: &mut Writer,
+    sink: &mut impl FnMut(Kind, &[&[u8]]) -> io::Result<()>,
+) -> io::Result<Vec<Range<u64>>> {
+    let changed = tracker.map(Tracker::round).transpose()?;
+    let (mut first, mut later) = (changed.as_deref().unwrap_or(all).to_vec(), Vec::new());
+    if lazy {
+        let divided = divide(image, &first);
+        (first, later) = (divided.first, divided.later);
+    }
+    write_pages(reached_by, &first, writer, sink)?;
+    if changed.is_some() {
+        // What was sent before of those that come later is not true any more.
+        let there = without(all, &later);
+        wire::present(&there, &mut |body| sink(Kind::Present, &[body]))?;
+    }
+    if lazy {
+        wire::present(&later, &mut |body| sink(Kind::Later, &[body]))?;
+    }
+    Ok(later)
+}
+
+/// The ranges but what of them is in others. Both are in the order of addresses.
+fn without(ranges: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut out = Vec::new();
+    for range in ranges {
+        let mut at = range.start;
+        let first = others.partition_point(|other| other.end <= range.start);
+        for other in others[first..].iter().take_while(|other| other.start < range.end) {
+            if at < other.start {
+                out.push(at..other.start);
+            }
+            at = other.end;
+        }
+        if at < range.end {
+            out.push(at..range.end);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_later_is_taken_out() {
+        let all = [1..10, 20..30, 40..50];
+        assert_eq!(without(&all, &[]), all);
+        assert_eq!(without(&all, &[0..30, 30..60]), []);
+        assert_eq!(
+            without(&all, &[3..4, 8..22, 29..41]),
+            [1..3, 4..8, 22..29, 41..50]
+        );
+    }
 }

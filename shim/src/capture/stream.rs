@@ -32,7 +32,19 @@ pub fn write_pages(
     writer: &mut Writer,
     sink: &mut impl FnMut(Kind, &[&[u8]]) -> io::Result<()>,
 ) -> io::Result<()> {
-    let memory = ProcessMemory::new(pid);
+    write_memory(&ProcessMemory::new(pid), runs, writer, sink)
+}
+
+/// The same of memory that was opened before.
+///
+/// # Errors
+/// As there.
+pub(crate) fn write_memory(
+    memory: &ProcessMemory,
+    runs: &[Range<u64>],
+    writer: &mut Writer,
+    sink: &mut impl FnMut(Kind, &[&[u8]]) -> io::Result<()>,
+) -> io::Result<()> {
     each_chunk(runs, |at, chunk| {
         memory.read_forced(at, chunk)?;
         writer.write(at, chunk, sink)

@@ -3,6 +3,7 @@
 mod kernel;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use linklayer::image::{
@@ -14,7 +15,7 @@ use crate::capture::build_site;
 use crate::memory::ProcessMemory;
 use crate::ptrace::{self, PtraceError, Stopped};
 use crate::remote_call::{BatchCall, RemoteCallError, RemoteCalls};
-use crate::xstate;
+use crate::{userfault, xstate};
 
 /// Where the code that makes the calls lies while a process is built: in the part of the address space that no guest
 /// may use.
@@ -73,6 +74,16 @@ pub struct Rebuilt {
     key: u64,
     /// The leader is not among the threads: it only builds, and ends.
     leader_ended: bool,
+    userfault: Option<OwnedFd>,
+}
+
+/// How the new process makes a userfaultfd, if pages of it come later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Faults {
+    /// By the system call.
+    Call,
+    /// By this descriptor of its, which is of the device.
+    Device(i32),
 }
 
 impl Rebuilt {
@@ -96,6 +107,11 @@ impl Rebuilt {
     /// Its process id here.
     pub fn pid(&self) -> i32 {
         self.calls.tid()
+    }
+
+    /// The userfaultfd that it was to make.
+    pub fn take_userfault(&mut self) -> Option<OwnedFd> {
+        self.userfault.take()
     }
 
     /// Writes arguments into the scratch page.
@@ -258,7 +274,7 @@ pub(crate) fn requeue(
 
 /// Makes the blank process (stopped in a system call's wake, with nothing of value in it) the one of the image, except for its
 /// further threads ([`Rebuilt::start_threads`]) and for what [`Rebuilt::finish_all`] does. `fd_of` gives the descriptor,
-/// inside the blank process, of a file's content or of shared memory.
+/// inside the blank process, of a file's content or of shared memory. With `faults` it makes a userfaultfd, which is taken from it.
 ///
 /// # Errors
 /// See [`RestoreError`].
@@ -267,6 +283,7 @@ pub fn rebuild<'a>(
     image: &ProcessImage,
     fd_of: &dyn Fn(Backing) -> Option<i32>,
     pages: impl IntoIterator<Item = (u64, &'a [u8])>,
+    faults: Option<Faults>,
 ) -> Result<Rebuilt, RestoreError> {
     let first = image
         .threads
@@ -296,6 +313,7 @@ pub fn rebuild<'a>(
     }
     advise(&mut calls, image)?;
     mm_fields(&mut calls, &memory, image)?;
+    let userfault = faults.map(|how| make_userfault(&mut calls, how)).transpose()?;
     process(&mut calls, &memory, image)?;
     if image.leader_ended() {
         // What it leaves when it ends is nothing of the image's.
@@ -321,7 +339,24 @@ pub fn rebuild<'a>(
         pending: image.pending.clone(),
         xstate_layout: image.xstate_layout.clone(),
         key: 0,
+        userfault,
     })
+}
+
+/// Has the process make a userfaultfd, and takes a duplicate of it. Its own is closed with all others.
+fn make_userfault(calls: &mut RemoteCalls, how: Faults) -> Result<OwnedFd, RestoreError> {
+    let made = match how {
+        Faults::Call => calls.call(
+            "userfaultfd",
+            libc::SYS_userfaultfd,
+            [userfault::FLAGS, 0, 0, 0, 0, 0],
+        )?,
+        Faults::Device(fd) => {
+            let args = [fd as u64, userfault::IOC_NEW, userfault::FLAGS, 0, 0, 0];
+            calls.call("ioctl of the userfaultfd device", libc::SYS_ioctl, args)?
+        }
+    };
+    Ok(crate::fd::get_from(calls.tid(), made as i32)?)
 }
 
 fn batched(what: &'static str, nr: i64, args: [u64; 6]) -> BatchCall {

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use crate::memory::ProcessMemory;
 use crate::ptrace::{self, Stop, Stopped};
 use crate::remote_call::RemoteCalls;
 use crate::restore::{self, TRAMPOLINE, register, requeue, set_xstate};
-use crate::xstate;
+use crate::{userfault, xstate};
 
 /// A piece of the address space that has to change.
 #[derive(Debug, PartialEq, Eq)]
@@ -51,20 +51,7 @@ impl Vessel {
             .into_iter()
             .filter(|l| !reserved(&l.range) && !special(l))
             .collect();
-        let call = |what, nr: i64, args| -> Result<u64, VesselError> {
-            worker.post(nr as u64, args);
-            match worker.wait(None) {
-                Some(ret) if !(-4095..0).contains(&ret) => Ok(ret as u64),
-                Some(ret) => Err(VesselError::Slot {
-                    what,
-                    errno: Errno::from_raw(-ret as i32),
-                }),
-                None => Err(VesselError::Slot {
-                    what,
-                    errno: Errno::ESRCH,
-                }),
-            }
-        };
+        let call = |what, nr: i64, args| call(worker, what, nr, args);
         for change in changes(&lines, image, file) {
             match change {
                 Change::Unmap(r) => {
@@ -112,6 +99,39 @@ impl Vessel {
             [35, 14, worker.data_address(), 104, 0, 0],
         )?;
         Ok(())
+    }
+
+    /// Has a vessel make a userfaultfd, by one of its idle workers, and takes it away from it.
+    ///
+    /// # Errors
+    /// A call that fails, which changes nothing.
+    pub fn make_userfault(tid: i32, worker: &Slot) -> Result<OwnedFd, VesselError> {
+        let _raised = Raised::new(tid, &[libc::RLIMIT_NOFILE]);
+        let call = |what, nr: i64, args| call(worker, what, nr, args);
+        let made = match call(
+            "userfaultfd",
+            libc::SYS_userfaultfd,
+            [userfault::FLAGS, 0, 0, 0, 0, 0],
+        ) {
+            Ok(made) => made,
+            Err(refused) => {
+                let Ok(userfault::Source::Device(device)) = userfault::source() else {
+                    return Err(refused);
+                };
+                let path = format!("/proc/{}/fd/{}\0", std::process::id(), device.as_raw_fd());
+                worker.write(0, path.as_bytes());
+                let open = (libc::O_RDWR | libc::O_CLOEXEC) as u64;
+                let args = [worker.data_address(), open, 0, 0, 0, 0];
+                let fd = call("open of the userfaultfd device", libc::SYS_open, args)?;
+                let args = [fd, userfault::IOC_NEW, userfault::FLAGS, 0, 0, 0];
+                let made = call("ioctl of the userfaultfd device", libc::SYS_ioctl, args);
+                call("close", libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
+                made?
+            }
+        };
+        let taken = crate::fd::get_from_thread(tid, made as i32);
+        call("close", libc::SYS_close, [made, 0, 0, 0, 0, 0])?;
+        Ok(taken?)
     }
 
     /// Gives every worker the state of its guest thread and takes the stub and the arena out of the process. The threads
@@ -183,6 +203,17 @@ impl Homebound<'_> {
         }
         Ok(running)
     }
+}
+
+/// A call by an idle worker.
+fn call(worker: &Slot, what: &'static str, nr: i64, args: [u64; 6]) -> Result<u64, VesselError> {
+    worker.post(nr as u64, args);
+    let errno = match worker.wait(None) {
+        Some(ret) if !(-4095..0).contains(&ret) => return Ok(ret as u64),
+        Some(ret) => Errno::from_raw(-ret as i32),
+        None => Errno::ESRCH,
+    };
+    Err(VesselError::Slot { what, errno })
 }
 
 fn special(line: &MapLine) -> bool {

@@ -115,7 +115,7 @@ impl Vessel {
         arena: &Arena,
     ) -> Result<(Vessel, Parts), (Vec<Stopped>, VesselError)> {
         Vessel::prepare(threads, arena)?
-            .settle()
+            .settle(false)
             .map_err(|e| (Vec::new(), e))
     }
 
@@ -190,6 +190,17 @@ impl Vessel {
         ))
     }
 
+    /// Drops the pages that were kept ([`Prepared::settle`]), by calls of the catcher, which has stopped.
+    ///
+    /// # Errors
+    /// The process is dead.
+    pub fn drop_pages(&self, catcher: Stopped) -> Result<Stopped, VesselError> {
+        let by = catcher.tid();
+        let mut calls = RemoteCalls::begin(catcher, TRAMPOLINE)?;
+        drop_pages(&mut calls, by)?;
+        Ok(calls.end()?)
+    }
+
     /// Its process id.
     pub fn pid(&self) -> i32 {
         self.pid
@@ -244,14 +255,20 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// The second part of [`Vessel::convert_all`].
+    /// The second part of [`Vessel::convert_all`]. With `keep` the pages stay until [`Vessel::drop_pages`].
     ///
     /// # Errors
     /// The process is dead.
-    pub fn settle(self) -> Result<(Vessel, Parts), VesselError> {
+    pub fn settle(self, keep: bool) -> Result<(Vessel, Parts), VesselError> {
         let (pid, catcher, by) = (self.pid, self.catcher.tid(), self.leader.tid());
         // From here on nothing fails but by the death of the process.
-        let (workers, pending) = settle(self.threads, self.leader, self.catcher, by, &self.slots)?;
+        let (workers, pending) = settle(
+            self.threads,
+            self.leader,
+            self.catcher,
+            &self.slots,
+            (!keep).then_some(by),
+        )?;
         let vessel = Vessel {
             pid,
             catcher,
@@ -383,13 +400,14 @@ impl Drop for Raised {
     }
 }
 
-/// Puts all threads to work, after the memory has gone. Gives their ids, and the signals that were pending for each.
+/// Puts all threads to work, after the memory (of the process that is reached by `emptied`) has gone. Gives their ids, and the
+/// signals that were pending for each.
 fn settle(
     threads: Vec<Stopped>,
     leader: RemoteCalls,
     catcher: Stopped,
-    pid: i32,
     slots: &[Slot],
+    emptied: Option<i32>,
 ) -> Result<Settled, VesselError> {
     let tids: Vec<i32> = threads.iter().map(Stopped::tid).collect();
     let mut workers = vec![leader];
@@ -423,7 +441,9 @@ fn settle(
         let tid = calls.tid();
         pending.extend(take_pending(calls)?.into_iter().map(|info| (tid, info)));
     }
-    drop_pages(&mut workers[0], pid)?;
+    if let Some(by) = emptied {
+        drop_pages(&mut workers[0], by)?;
+    }
     for (calls, slot) in workers.into_iter().zip(slots) {
         resume(calls.end_with(&worker_regs(slot), WORKER_MASK)?)?;
     }

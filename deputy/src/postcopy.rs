@@ -1,0 +1,216 @@
+//! Processes that run at their new place before all of their memory is there, seen from home.
+
+use anyhow::Context;
+use crossbeam_channel::Sender;
+use linklayer::wire::{MoveReport, Phase, Settled};
+use shim::postcopy::{End, Pager, Pushed, Pusher, watched};
+use shim::ptrace::{self, Stopped};
+use shim::userfault::{self, Userfault};
+use std::sync::Arc;
+
+use crate::home::Home;
+use crate::outward::Wish;
+use crate::process::Role;
+use crate::road::Road;
+use crate::shared::{Command, Shared};
+
+/// What of a process that has left home is still to be sent.
+pub struct Rest {
+    /// The way.
+    pub road: Road,
+    /// What knows which pages.
+    pub pusher: Arc<Pusher>,
+}
+
+/// What is reported of a move whose process ended before all of its memory was needed.
+pub fn ended_before(mut report: MoveReport) -> MoveReport {
+    report.note = "it ended, or executed another program, before all of its memory had come".into();
+    report
+}
+
+impl Home {
+    /// Sends the rest of a process that runs away. Its vessel keeps its pages meanwhile.
+    pub(crate) fn push(&mut self, pid: i32, rest: Rest, wish: Option<Wish>, report: MoveReport) {
+        if let (Some(process), Some(wish)) = (self.processes.get_mut(&pid), wish) {
+            process.arriving = Some((wish, report));
+        }
+        let shared = self.shared.clone();
+        crate::contact::spawn("push", move || {
+            match rest.pusher.run(rest.road.link()) {
+                Pushed::Whole(reply) => {
+                    let (done, emptied) = crossbeam_channel::bounded(1);
+                    shared.post(Command::Empty(pid, done));
+                    // It is said by dropping the other end.
+                    let _ = emptied.recv();
+                    reply.errno(0);
+                }
+                Pushed::Over(why) => tracing::debug!(pid, why, "the rest of its memory is not sent"),
+            }
+        });
+    }
+
+    /// Has a vessel drop its pages.
+    pub(crate) fn drop_pages(&mut self, pid: i32, done: Sender<()>) -> anyhow::Result<()> {
+        if let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) {
+            let catcher = away.vessel.catcher();
+            away.emptying = Some(done);
+            ptrace::interrupt(catcher)?;
+        }
+        Ok(())
+    }
+
+    /// The catcher of a vessel has stopped: it drops the pages if it is to.
+    pub(crate) fn drop_if_asked(&mut self, pid: i32, tid: i32, stopped: Stopped) -> anyhow::Result<Stopped> {
+        if self.tasks.get(&tid).is_none_or(|task| task.role != Role::Catcher) {
+            return Ok(stopped);
+        }
+        let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) else {
+            return Ok(stopped);
+        };
+        match away.emptying.take() {
+            Some(_said_by_dropping_it) => Ok(away.vessel.drop_pages(stopped)?),
+            None => Ok(stopped),
+        }
+    }
+
+    /// A process has all of its memory where it runs, or never will.
+    pub(crate) fn settled(&mut self, settled: &Settled) -> anyhow::Result<()> {
+        let pid = settled.pid;
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Ok(());
+        };
+        let node = process.node();
+        let arriving = process.arriving.take();
+        self.shared.progress.lock().remove(&pid);
+        if settled.lost.is_empty() {
+            if let Some((wish, mut report)) = arriving {
+                report.after = settled.after;
+                wish.fulfil(report);
+            }
+            return Ok(());
+        }
+        let why = format!(
+            "process {pid} is lost at node {node}: {}: {}; it had left before all of its memory was there",
+            Phase::Postcopy,
+            settled.lost
+        );
+        tracing::error!("{why}");
+        if let Some((wish, _)) = arriving {
+            wish.fail(why);
+        }
+        Ok(())
+    }
+}
+
+/// Whether a process can run at home before all of its memory is here.
+///
+/// # Errors
+/// What it lacks, for a person.
+pub fn possible_here() -> Result<(), String> {
+    if Home::outlived() {
+        return Err("processes of this job are to go on when its deputy ends, which one without all of its memory cannot".into());
+    }
+    userfault::follows_forks()
+}
+
+/// A process at home has all of its memory, or never will: in that case it is killed at once, since it would go on with zeros, and so
+/// are its children that lack memory.
+fn ended(shared: &Shared, pid: i32, pager: &Arc<Pager>, end: End) {
+    let mut those = Vec::new();
+    shared.incomplete.lock().retain(|one, its| {
+        let same = Arc::ptr_eq(its, pager);
+        those.extend(same.then_some(*one));
+        !same
+    });
+    if let End::Lost(why) = &end {
+        for one in those {
+            tracing::error!(
+                pid = one,
+                why,
+                "its memory cannot be had any more from where it came; it is killed"
+            );
+            if let Err(e) = shim::signal::kill_process(one, nix::libc::SIGKILL) {
+                tracing::debug!(pid = one, error = %e, "kill");
+            }
+        }
+    }
+    shared.post(Command::Complete(pid, pager.clone(), end));
+}
+
+impl Home {
+    /// A process is about to run at home; if pages of it come later, they are waited for from now on.
+    pub(crate) fn begin_to_run_early(&mut self, pid: i32) -> anyhow::Result<()> {
+        let Some(later) = self.shared.coming.later(pid) else {
+            return Ok(());
+        };
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Ok(());
+        };
+        let coming = process.away().and_then(|away| away.coming.as_ref());
+        let (body, _) = coming.context("a process that was not announced")?;
+        let memory = Userfault::begin(later.userfault, true).context("userfaultfd")?;
+        for range in watched(&body.image, &later.runs) {
+            memory
+                .register(&range)
+                .with_context(|| format!("watching memory at {:#x}", range.start))?;
+        }
+        let runs = later.runs.iter().map(|(start, end)| *start..*end);
+        let pager = Arc::new(Pager::new(pid, memory, runs, later.link)?);
+        let _ = later.pager.set(pager.clone());
+        process.pager = Some(pager.clone());
+        self.shared.incomplete.lock().insert(pid, pager.clone());
+        let shared = self.shared.clone();
+        crate::contact::spawn("pager", move || {
+            pager.serve(|end| ended(&shared, pid, &pager, end));
+        });
+        Ok(())
+    }
+
+    /// The child of a process whose memory is still coming lacks the same.
+    pub(crate) fn inherit_pager(&mut self, parent: i32, child: i32) {
+        let pager = self.processes.get(&parent).and_then(|p| p.pager.clone());
+        let (Some(pager), Some(process)) = (pager.filter(|p| p.is_open()), self.processes.get_mut(&child))
+        else {
+            return;
+        };
+        process.pager = Some(pager.clone());
+        self.shared.incomplete.lock().insert(child, pager.clone());
+        if pager.is_lost()
+            && let Err(e) = shim::signal::kill_process(child, nix::libc::SIGKILL)
+        {
+            tracing::debug!(child, error = %e, "kill");
+        }
+    }
+
+    /// A process at home, and its children, have all of their memory, or have lost it.
+    pub(crate) fn complete(&mut self, pid: i32, pager: &Arc<Pager>, end: End) -> anyhow::Result<()> {
+        for process in self.processes.values_mut() {
+            if process.pager.as_ref().is_some_and(|its| Arc::ptr_eq(its, pager)) {
+                process.pager = None;
+            }
+        }
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Ok(());
+        };
+        let Some((waiters, mut report)) = process.came.take() else {
+            return Ok(());
+        };
+        process.waiters = waiters;
+        match end {
+            End::Whole(after) | End::Needless(after) => {
+                report.after = after;
+                self.tell_of_homecoming(pid, report);
+            }
+            End::Lost(why) => {
+                let why = format!(
+                    "process {pid} is lost at home: {}: {why}; it had left before all of its memory was there",
+                    Phase::Postcopy
+                );
+                for waiter in process.waiters.drain(..) {
+                    let _ = waiter.send(Err(why.clone()));
+                }
+            }
+        }
+        Ok(())
+    }
+}
