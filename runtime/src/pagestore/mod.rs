@@ -195,8 +195,9 @@ fn seal(hash: &Hash, page: &mut [u8; PAGE_BYTES]) {
     let mut key = blake3::Hasher::new_derive_key(SEAL);
     key.update(hash);
     key.finalize_xof().fill(&mut stream);
-    for (byte, with) in page.iter_mut().zip(stream) {
-        *byte ^= with;
+    let (words, _) = page.as_chunks_mut::<8>();
+    for (word, with) in words.iter_mut().zip(stream.as_chunks::<8>().0) {
+        *word = (u64::from_ne_bytes(*word) ^ u64::from_ne_bytes(*with)).to_ne_bytes();
     }
 }
 
@@ -498,6 +499,9 @@ impl PageStore {
                 .ok_or_else(damaged)?;
             state.index = Index::new(slots);
             state.read_bytes = HEADER_BYTES as u64;
+        }
+        if meta.len() == state.read_bytes {
+            return Ok(());
         }
         let mut buffer = vec![0; 64 << 10];
         loop {
