@@ -111,7 +111,9 @@ fn memory(mib: u64, rate: Option<u64>, asked: bool) -> anyhow::Result<()> {
     const WORDS_PER_MIB: u64 = (1 << 20) / 8;
     /// 4 KiB.
     const WORDS_PER_PAGE: usize = 512;
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ mib;
+    // Another content each time, which no node has seen.
+    let since = std::time::UNIX_EPOCH.elapsed()?.as_nanos() as u64;
+    let mut state = since.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         state ^= state << 13;
         state ^= state >> 7;

@@ -20,6 +20,8 @@ const SIZES: [(u64, usize); 3] = [(64, 5), (1024, 3), (4096, 1)];
 const RATES: [&str; 2] = ["0", "100"];
 /// The size of what is compared with a TCP connection, and of what is slowed down, MiB.
 const WHOLE_MIB: u64 = 1024;
+/// The size of what is moved to one node again, MiB: less than a page store has room for.
+const AGAIN_MIB: u64 = 128;
 const BYTES_PER_MIB: f64 = 1048576.0;
 
 /// A program with memory of its own that tells what it saw of its moves.
@@ -70,6 +72,12 @@ impl Mover {
         let line = self.line()?;
         let (still, speed) = line.trim().split_once(' ').context("two numbers")?;
         Ok((still.parse()?, speed.parse()?))
+    }
+
+    /// Moves it as every kernel can.
+    fn freeze(&mut self, to: &str) -> anyhow::Result<Moved> {
+        self.go(to, "freeze")?
+            .context("a move that every kernel can make")
     }
 
     /// Moves it; `None` when such moves are not possible here, with the reason printed.
@@ -146,7 +154,7 @@ fn freezes(mib: u64, rate: &str, rounds: usize) -> anyhow::Result<()> {
 
 /// A whole move beside a TCP connection and CRIU, and what a second one sends.
 pub fn whole() -> anyhow::Result<()> {
-    let [mut tcp, mut criu, mut there, mut first, mut second] = [const { Vec::new() }; 5];
+    let [mut tcp, mut criu, mut there] = [const { Vec::new() }; 3];
     let peer = Criu::find();
     if let Err(why) = &peer {
         println!("\nCRIU is not measured: {why:#}");
@@ -157,15 +165,7 @@ pub fn whole() -> anyhow::Result<()> {
             criu.push(peer.moved(WHOLE_MIB)?);
         }
         let mut mover = Mover::start(WHOLE_MIB, "0")?;
-        let mut go = |to| {
-            let moved = mover.go(to, "freeze")?;
-            moved.context("a move that every kernel can make")
-        };
-        let moved = go("2")?;
-        there.push(moved.whole);
-        first.push(moved.bytes / BYTES_PER_MIB);
-        go("home")?;
-        second.push(go("2")?.bytes / BYTES_PER_MIB);
+        there.push(mover.freeze("2")?.whole);
     }
     head(&format!("{WHOLE_MIB} MiB of unique data, stop and copy"));
     line("TCP connection between the nodes", &tcp, "ms", median(&tcp));
@@ -178,7 +178,21 @@ pub fn whole() -> anyhow::Result<()> {
             median(&tcp),
         );
     }
-    head("the same: what is sent for its memory");
+    again()
+}
+
+/// What is sent for the memory of a program that has been at a node, and for that of another one that has the same.
+fn again() -> anyhow::Result<()> {
+    let [mut first, mut second] = [const { Vec::new() }; 2];
+    for _ in 0..3 {
+        let mut mover = Mover::start(AGAIN_MIB, "0")?;
+        first.push(mover.freeze("2")?.bytes / BYTES_PER_MIB);
+        mover.freeze("home")?;
+        second.push(mover.freeze("2")?.bytes / BYTES_PER_MIB);
+    }
+    head(&format!(
+        "what is sent for the memory of a program with {AGAIN_MIB} MiB of unique data"
+    ));
     line("first move", &first, "MiB", median(&first));
     line("second move to the same node", &second, "MiB", median(&first));
     Ok(())
@@ -211,7 +225,7 @@ pub fn slow() -> anyhow::Result<()> {
             bail!("no pre-copy here");
         };
         during.push(moved.speed);
-        mover.go("home", "freeze")?;
+        mover.freeze("home")?;
     }
     head("speed of a program that computes");
     line("at home", &before, "rounds/ms", median(&before));
