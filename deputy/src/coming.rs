@@ -1,7 +1,7 @@
 //! Memory that comes home in front of its process, on a link of its own.
 //!
-//! It is kept until the vessel has the layout of the process, which is known only when that stands still. What comes after that is
-//! written at once, unless there is something that was kept: what came last counts.
+//! What is sent while it runs is kept until all has come: the vessel gets the layout of the process only when that stands still, of
+//! which it hears on another link. Of a process that stands still it is written at once.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -28,6 +28,7 @@ pub struct Coming {
 
 #[derive(Default)]
 struct Early {
+    while_it_runs: bool,
     pages: Kept,
     present: Vec<(u64, u64)>,
     link: Option<Link>,
@@ -89,6 +90,7 @@ pub fn connect(shared: &Arc<Shared>, request: &wire::Coming) -> Result<(), LinkE
     let pager = PagerSlot::default();
     let early = Early {
         pager: pager.clone(),
+        while_it_runs: request.while_it_runs,
         ..Early::default()
     };
     shared.coming.kept.lock().insert(pid, early);
@@ -125,10 +127,9 @@ impl OwnLink {
         match kind {
             Kind::Pages | Kind::PackedPages => {
                 let piece = pages::decode(kind, payload).map_err(|e| e.to_string())?;
-                let laid_out = self.shared.homecoming.lock().contains_key(&self.pid);
                 let mut all = self.shared.coming.kept.lock();
                 let early = all.get_mut(&self.pid).ok_or("nothing was announced")?;
-                if laid_out && early.pages.bytes() == 0 {
+                if !early.while_it_runs {
                     drop(all);
                     return crate::contact::write_pages(&self.shared, self.pid, piece.address, &piece.data);
                 }
@@ -160,16 +161,21 @@ impl OwnLink {
             Kind::PagesEnd => {
                 let early = self.shared.coming.kept.lock().get_mut(&self.pid).map(|early| {
                     (
+                        early.while_it_runs,
                         std::mem::take(&mut early.pages),
                         std::mem::take(&mut early.present),
                     )
                 });
-                let (pages, present) = early.ok_or("nothing was announced")?;
+                let (kept, pages, present) = early.ok_or("nothing was announced")?;
                 let (shared, pid) = (self.shared.clone(), self.pid);
                 let link = link.clone();
                 let reply = ReplyTo { link, lane, header };
                 crate::contact::spawn("coming", move || {
-                    reply.errno(write_all(&shared, pid, pages, &present));
+                    reply.errno(if kept {
+                        write_all(&shared, pid, pages, &present)
+                    } else {
+                        0
+                    });
                 });
                 Ok(())
             }
@@ -179,9 +185,7 @@ impl OwnLink {
 }
 
 fn write_all(shared: &Shared, pid: i32, mut pages: Kept, present: &[(u64, u64)]) -> i32 {
-    if pages.bytes() > 0 {
-        pages.retain(present);
-    }
+    pages.retain(present);
     for (address, data) in pages.runs() {
         if let Err(why) = crate::contact::write_pages(shared, pid, address, data) {
             tracing::error!(pid, %why, "memory that came home");

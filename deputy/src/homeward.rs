@@ -190,12 +190,14 @@ impl Home {
             let Mode::Away(mut away) = std::mem::replace(&mut process.mode, Mode::Native) else {
                 continue;
             };
+            // What was pending when it left is known no longer than for that: others may look alike.
+            let carried = std::mem::take(&mut process.carried);
             if let Some((mut coming, layout_took)) = away.coming {
                 if let Some(kept) = away.kept.take() {
                     add_kept(&mut coming.image, kept);
                 }
                 layouts.insert(*pid, layout_took);
-                vessels.push((away.vessel, coming));
+                vessels.push(((away.vessel, carried), coming));
             }
         }
         let (vessels, coming): (Vec<_>, Vec<_>) = vessels.into_iter().unzip();
@@ -203,9 +205,9 @@ impl Home {
             self.make_native(body.image.pid);
         }
         let mut gathered = Vec::new();
-        for (vessel, body) in vessels.into_iter().zip(&coming) {
+        for ((vessel, mut carried), body) in vessels.into_iter().zip(&coming) {
             let memory = vessel.memory;
-            match vessel.gather(&body.image) {
+            match vessel.gather(&body.image, &mut carried) {
                 Ok(homebound) => gathered.push((homebound, memory, body)),
                 Err(e) => lost(body.image.pid, &e),
             }

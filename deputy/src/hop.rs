@@ -159,13 +159,18 @@ impl Home {
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(());
         };
-        if let Some(away) = process.away() {
-            away.give_kept(pid, false);
-            away.coming = None;
+        if failed.stood {
+            if let Some(away) = process.away() {
+                away.give_kept(pid, false);
+                away.coming = None;
+            }
+            self.shared.homecoming.lock().remove(&pid);
+            self.shared.objects.forget(pid);
+            self.shared.coming.forget(pid);
+        } else if process.hop.is_none() {
+            // It is over already, and those who wait now wait for another move.
+            return Ok(());
         }
-        self.shared.homecoming.lock().remove(&pid);
-        self.shared.objects.forget(pid);
-        self.shared.coming.forget(pid);
         let stays = format!(
             "process {pid} stays at node {}: {}: {why}",
             process.node(),

@@ -1,5 +1,7 @@
 //! A process of the job and its threads, as the tracer keeps them.
 
+use std::sync::Arc;
+
 use crate::entry::Breakpoint;
 use crate::hop::Hop;
 use crate::kept::Kept;
@@ -12,8 +14,8 @@ use linklayer::wire::{self, Kind};
 use shim::postcopy::Pager;
 use shim::ptrace::Stopped;
 use shim::vessel::Vessel;
-use std::sync::Arc;
 
+use crate::calls::Worker;
 use crate::shared::ProcessView;
 
 /// What a thread of the job is at home.
@@ -43,6 +45,9 @@ pub struct Task {
     pub executing: Option<(ReplyTo, wire::Exec)>,
     /// Who waits for its end, and whether it is the process's last thread.
     pub ending: Option<(ReplyTo, bool)>,
+    /// Its worker, when that has been told to end: until the thread has ended, it reads that in its slot, which must not be
+    /// another's.
+    pub ends: Option<Arc<Worker>>,
     /// The wait that it was seen in, which the kernel restarts under another number, and the registers that tell it again.
     pub waiting: Option<(u32, [u64; 8])>,
     /// It is in a group-stop.
@@ -82,6 +87,7 @@ impl Task {
             cloning: None,
             executing: None,
             ending: None,
+            ends: None,
             waiting: None,
             group_stopped: false,
             unblocked: 0,

@@ -416,6 +416,9 @@ impl Home {
         } else {
             self.post_end(&worker, libc::SYS_exit, code);
         }
+        if let Some(task) = self.tasks.get_mut(&tid) {
+            task.ends = Some(worker.clone());
+        }
         if tid == worker.pid && !last {
             // A leader that ends first stays as a zombie, and its tracer is not told.
             reply.errno(0);

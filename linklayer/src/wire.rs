@@ -533,6 +533,9 @@ pub struct MoveFailed {
     pub pid: i32,
     /// In which part of the move.
     pub phase: Phase,
+    /// It stood still for the move and goes on now: what home keeps back is wanted again, and what it was told of the process is
+    /// void. Otherwise another move, of which home knows, may be under way.
+    pub stood: bool,
     /// The reason in words.
     pub why: String,
 }

@@ -77,28 +77,45 @@ impl Tracker {
     /// The process is gone.
     pub fn round(&self) -> io::Result<Vec<Range<u64>>> {
         let mut runs = Vec::new();
-        for line in map_lines(self.pid, false)? {
-            if !watched(&line) {
-                continue;
-            }
+        let lines = map_lines(self.pid, false)?;
+        let mut rest = &lines[..];
+        while let Some(first) = rest.iter().position(watched) {
+            rest = &rest[first..];
+            let count = rest.iter().position(|line| !watched(line)).unwrap_or(rest.len());
+            let (together, after) = rest.split_at(count);
+            let end = after.first().map_or(u64::MAX, |line| line.range.start);
+            self.changed(together, end, &mut runs)?;
+            rest = after;
+        }
+        Ok(runs)
+    }
+
+    /// What has changed in areas between which there are only gaps; `end` is where the next one begins.
+    fn changed(&self, lines: &[MapLine], end: u64, runs: &mut Vec<Range<u64>>) -> io::Result<()> {
+        /// The end of what a process can map (arch/x86/include/asm/page_64_types.h, TASK_SIZE_MAX).
+        const LAST: u64 = (1 << 47) - PAGE;
+        let mut registered = None;
+        for line in lines {
             let private_file = line.ino != 0;
             let mut found = scan_written(&self.pagemap, &line.range, private_file)?;
             if matches!(found, Found::Unwatched) {
-                if self.register(&line.range).is_err() {
-                    // Given up meanwhile; or it cannot be watched, and its pages count as changed every time.
-                    runs.extend(page_runs_of(self.pid, &line.range, private_file)?);
-                    continue;
+                // All at once and with the gaps: an area that grows meanwhile must not be cut in two where it ended, of which the
+                // program would know by an mremap(2) that fails.
+                let all = lines[0].range.start..end.min(LAST);
+                let whole = *registered.get_or_insert_with(|| self.register(&all).is_ok());
+                if whole || self.register(&line.range).is_ok() {
+                    found = scan_written(&self.pagemap, &line.range, private_file)?;
                 }
-                found = scan_written(&self.pagemap, &line.range, private_file)?;
             }
             match found {
                 Found::Runs(more) => runs.extend(more),
+                // Given up meanwhile; or it cannot be watched, and its pages count as changed every time.
                 Found::Unwatched => {
                     runs.extend(page_runs_of(self.pid, &line.range, private_file)?);
                 }
             }
         }
-        Ok(runs)
+        Ok(())
     }
 
     /// Sends the memory of the process, which home knows as `process`, while it runs, again and again what has changed, until little changes or it does not get

@@ -122,6 +122,9 @@ pub struct Coming {
     pub place: Place,
     /// The one-time key to show there (`OneTimeKey::to_bytes`).
     pub key: Vec<u8>,
+    /// Memory is sent while it runs: what comes is kept until all has come, and a list of what still exists comes with it
+    /// ([`Present`]). Otherwise it comes after the layout of the process.
+    pub while_it_runs: bool,
 }
 
 /// A process stands ready at the other node, and still here: home decides. Answered with [`Errno`](super::Errno); 0: it runs there

@@ -19,6 +19,7 @@ use linklayer::wire::{self, Kind, Listening, MAX_RUNS, Place};
 use parking_lot::Mutex;
 
 use super::contact::Build;
+use super::faults::{self, Point};
 use super::postcopy::{Later, PagerSlot};
 use super::shared::{Command, Shared};
 
@@ -194,6 +195,9 @@ impl Arrivals {
     /// Waits for a process on a link of its own.
     pub fn listen(&self, shared: &Arc<Shared>, request: wire::Listen) -> Listening {
         let pid = request.pid;
+        if let Err(why) = faults::at(Point::TargetReach) {
+            return Listening::Refused(why);
+        }
         if self.links.lock().len() >= MAX_LINKS {
             return Listening::Refused("too many processes come at this moment".into());
         }
@@ -276,6 +280,12 @@ impl Handler for OwnLink {
                 Kind::Known => {
                     tell_known(&self.shared, answer);
                     return Ok(());
+                }
+                Kind::Pages | Kind::PackedPages | Kind::KnownPages => {
+                    faults::at(match arriving.launch {
+                        Some(_) => Point::TargetTransfer,
+                        None => Point::TargetPrecopy,
+                    })?;
                 }
                 _ => {}
             }

@@ -19,6 +19,7 @@ use shim::restore::{Backing, Faults};
 use shim::userfault::Source;
 
 use super::contact::Build;
+use super::faults::{self, Point};
 use super::guest::{Guest, Thread};
 use super::notify::{Pool, Turn};
 use super::tracer::{Traced, Tracer};
@@ -57,6 +58,7 @@ impl Tracer {
     }
 
     fn build_guest(&mut self, build: Build, pages: &Kept) -> anyhow::Result<()> {
+        faults::at(Point::TargetRestore).map_err(anyhow::Error::msg)?;
         let Build {
             launch,
             files,
@@ -253,6 +255,7 @@ impl Tracer {
 
     /// Home has committed: the guest runs.
     pub(super) fn launch_go(&mut self, pid: i32) -> anyhow::Result<()> {
+        let _ = faults::at(Point::TargetResume);
         let now_ns =
             (shim::capture::clocks().monotonic_ns).saturating_add(self.shared.known_ahead().monotonic_ns);
         for sleep in self.sleeps.remove(&pid).unwrap_or_default() {

@@ -19,6 +19,7 @@ use shim::process::resident_bytes;
 use shim::track::Tracker;
 
 use super::arrivals;
+use super::faults::{self, Point};
 use super::guest::Guest;
 use super::shared::{Command, Shared};
 use super::tracer::{Hold, Tracer};
@@ -38,6 +39,8 @@ pub(super) struct Departure {
     lazy: bool,
     pub(super) tracker: Option<Tracker>,
     writer: Writer,
+    /// Memory was to be sent while it ran, though that may not have come about.
+    pub(super) early: bool,
     report: MoveReport,
     since: Instant,
 }
@@ -52,6 +55,7 @@ pub(super) struct Parts {
 }
 
 /// Why a guest does not leave.
+#[derive(Clone, Debug)]
 pub(super) struct Failure {
     pub(super) phase: Phase,
     pub(super) why: String,
@@ -72,15 +76,20 @@ pub(super) fn begin(shared: &Arc<Shared>, order: MoveTo) {
     let shared = shared.clone();
     starter.start("departure", move || match make_ready(&shared, &order) {
         Ok(departure) => shared.post(Command::Depart(Box::new(departure))),
-        Err(failure) => failed(&shared, order.pid, failure),
+        Err(failure) => failed(&shared, order.pid, failure, false),
     });
 }
 
-/// Tells home that a guest goes on here.
-pub(super) fn failed(shared: &Shared, pid: i32, failure: Failure) {
+/// Tells home that a guest goes on here, which stood still before or not.
+pub(super) fn failed(shared: &Shared, pid: i32, failure: Failure, stood: bool) {
     let Failure { phase, why } = failure;
     tracing::error!(pid, %phase, why, "does not leave; it goes on here");
-    let body = wire::MoveFailed { pid, phase, why };
+    let body = wire::MoveFailed {
+        pid,
+        phase,
+        stood,
+        why,
+    };
     shared.tell(pid, Kind::MoveFailed, &wire::encode(&body));
 }
 
@@ -193,12 +202,12 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
     }
     let starter = shared.starter.clone();
     let shared = shared.clone();
-    starter.start("departure", move || match link_to_home(&shared, pid) {
+    let early = mode.wants_precopy(size_bytes);
+    starter.start("departure", move || match link_to_home(&shared, pid, early) {
         Ok(link) => {
             let mut departure = Departure::new(pid, Some(reason), link, mode);
-            if mode.wants_precopy(size_bytes)
-                && let Err(why) = precopy(&shared, &mut departure, mode, postcopy)
-            {
+            departure.early = early;
+            if early && let Err(why) = precopy(&shared, &mut departure, mode, postcopy) {
                 departure.not_while_it_ran(&why);
             }
             departure.since = Instant::now();
@@ -212,13 +221,18 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
 }
 
 /// Has home connect to a link for the memory of one process.
-fn link_to_home(shared: &Arc<Shared>, pid: i32) -> anyhow::Result<(Link, Arc<SourceLink>)> {
+fn link_to_home(
+    shared: &Arc<Shared>,
+    pid: i32,
+    while_it_runs: bool,
+) -> anyhow::Result<(Link, Arc<SourceLink>)> {
     let key = OneTimeKey::generate()?;
     let (listener, place) = arrivals::bind(shared)?;
     let request = wire::Coming {
         pid,
         place,
         key: key.to_bytes(),
+        while_it_runs,
     };
     let (say, said) = crossbeam_channel::bounded(1);
     let peer = key.fingerprint();
@@ -246,6 +260,7 @@ impl Departure {
             source,
             lazy: mode.is_lazy(),
             tracker: None,
+            early: false,
             writer: Writer::default(),
             report: MoveReport {
                 mode: mode.without_precopy(),
@@ -291,6 +306,7 @@ fn precopy(
 ) -> Result<(), String> {
     let begun = Instant::now();
     let pid = departure.pid;
+    faults::at(Point::SourcePrecopy)?;
     let (done, tracked) = crossbeam_channel::bounded(1);
     shared.post(Command::Track(pid, done));
     let tracker = tracked.recv().map_err(|e| e.to_string())??;
@@ -325,16 +341,25 @@ impl Tracer {
     /// Everything is ready: the guest is stopped.
     pub(super) fn depart(&mut self, departure: Departure) -> anyhow::Result<()> {
         let pid = departure.pid;
-        let refuse = |why: &str| failed(&self.shared, pid, Failure::new(Phase::Seize, why));
+        let refuse = |why: &str| failed(&self.shared, pid, Failure::new(Phase::Seize, why), false);
         if !self.shared.guests.read().contains_key(&pid) {
             refuse("it is not here any more");
             return Ok(());
         }
-        if self.holds.get(&pid).is_some_and(Hold::captures) {
-            if departure.home.is_none() {
-                refuse("it is on its way home");
-            }
+        if let Err(why) = faults::at(Point::SourceSeize) {
+            refuse(&why);
             return Ok(());
+        }
+        match self.holds.get(&pid) {
+            // It has been faster; home sends it on from there, if it was to go to another node.
+            Some(Hold::Home { .. }) => return Ok(()),
+            Some(hold) if hold.captures() => {
+                if departure.home.is_none() {
+                    refuse("it is being moved at this moment");
+                }
+                return Ok(());
+            }
+            _ => {}
         }
         let hold = match departure.home.clone() {
             Some(reason) => Hold::Home { first: pid, reason },
@@ -411,6 +436,7 @@ impl Tracer {
     }
 
     fn describe_departure(&mut self, guest: &Arc<Guest>) -> Result<wire::Launch, Failure> {
+        faults::at(Point::SourceDump).map_err(|why| Failure::new(Phase::Dump, why))?;
         self.capture(guest)
             .and_then(|(image, _)| self.launch_of(guest, image))
             .map_err(|e| Failure::new(Phase::Dump, format!("{e:#}")))
@@ -446,11 +472,12 @@ impl Tracer {
     pub(super) fn departed(&mut self, pid: i32, result: Result<(), Failure>) -> anyhow::Result<()> {
         match result {
             Ok(()) => {
+                let _ = faults::at(Point::SourceAfter);
                 let guest = self.shared.guests.read().get(&pid).cloned();
                 guest.map_or(Ok(()), |guest| self.forget_guest(&guest))
             }
             Err(failure) => {
-                failed(&self.shared, pid, failure);
+                failed(&self.shared, pid, failure, true);
                 self.release(pid)
             }
         }
@@ -474,6 +501,7 @@ fn transfer(
     departure: &mut Departure,
 ) -> Result<Option<Arc<Pusher>>, Failure> {
     let pid = departure.pid;
+    faults::at(Point::SourceTransfer).map_err(|why| Failure::new(Phase::Transfer, why))?;
     let reached_by = guest.memory.pid();
     let later = send_process(
         &departure.link,
@@ -495,6 +523,7 @@ fn transfer(
     } else {
         None
     };
+    faults::at(Point::SourceResume).map_err(|why| Failure::new(Phase::Resume, why))?;
     let moved = wire::Moved {
         pid,
         report: departure.report.clone(),

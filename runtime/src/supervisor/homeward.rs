@@ -15,6 +15,7 @@ use linklayer::wire::{Phase, Times, Vfork};
 use shim::capture::shared_objects;
 
 use super::departure::{self, Departure, Failure};
+use super::faults::{self, Point};
 use super::guest::Guest;
 use super::shared::{Command, Shared};
 use super::tracer::{Hold, Tracer};
@@ -104,7 +105,7 @@ impl Tracer {
             }
             Err(e) => {
                 self.homing.insert(first, pids);
-                self.went_home(first, Err(format!("capture: {e:#}")))
+                self.went_home(first, Err(Failure::new(Phase::Dump, format!("{e:#}"))))
             }
         }
     }
@@ -174,6 +175,7 @@ impl Tracer {
 
     fn capture_group(&mut self, members: &[Arc<Guest>]) -> anyhow::Result<Vec<Member>> {
         let mut captured = Vec::new();
+        faults::at(Point::SourceDump).map_err(anyhow::Error::msg)?;
         for guest in members {
             let (image, vforks) = self
                 .capture(guest)
@@ -267,15 +269,19 @@ impl Tracer {
     }
 
     /// Home runs a group now, or it goes on here.
-    pub(super) fn went_home(&mut self, first: i32, result: Result<(), String>) -> anyhow::Result<()> {
+    pub(super) fn went_home(&mut self, first: i32, result: Result<(), Failure>) -> anyhow::Result<()> {
         let members = self.homing.remove(&first).unwrap_or_default();
         for pid in members {
             let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
                 continue;
             };
             match &result {
-                Ok(()) => self.forget_guest(&guest)?,
-                Err(why) => {
+                Ok(()) => {
+                    let _ = faults::at(Point::SourceAfter);
+                    self.forget_guest(&guest)?;
+                }
+                Err(failure) => {
+                    let why = &failure.why;
                     if matches!(
                         self.holds.get(&pid),
                         Some(Hold::Home {
@@ -290,7 +296,7 @@ impl Tracer {
                         );
                         guest.set_back();
                     }
-                    departure::failed(&self.shared, pid, Failure::new(Phase::Transfer, why));
+                    departure::failed(&self.shared, pid, failure.clone(), true);
                     self.release(pid)?;
                 }
             }

@@ -12,6 +12,7 @@ mod clone;
 mod contact;
 mod deadline;
 mod departure;
+mod faults;
 pub mod files;
 mod guest;
 pub mod handshake;

@@ -57,7 +57,7 @@ pub enum Command {
     /// Send a guest home.
     GoHome(i32, StayReason),
     /// Home has taken over (or not) a group that was sent.
-    WentHome(i32, Result<(), String>),
+    WentHome(i32, Result<(), super::departure::Failure>),
     /// Everything is ready for a guest to go to another node.
     Depart(Box<super::departure::Departure>),
     /// It runs there now, or it does not leave; the second number is its pid as seen here.

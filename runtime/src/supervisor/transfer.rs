@@ -16,7 +16,8 @@ use shim::capture::SharedObjects;
 use shim::postcopy::Pusher;
 use shim::track::Tracker;
 
-use super::departure::{self, Departure, Parts};
+use super::departure::{self, Departure, Failure, Parts};
+use super::faults::{self, Point};
 use super::shared::{Command, Shared};
 
 /// A captured guest.
@@ -38,12 +39,39 @@ pub(super) fn start(shared: &Arc<Shared>, first: i32, members: Vec<Member>, time
     let starter = shared.starter.clone();
     let shared = shared.clone();
     starter.start("homeward", move || {
-        let result = send(&shared, members, times).map_err(|e| format!("{e:#}"));
+        let result = send(&shared, members, times)
+            .map_err(|e| Failure::new(Phase::Transfer, format!("{e:#}")))
+            .and_then(|(lane, group, rest)| commit(&shared, lane, group, rest));
         shared.post(Command::WentHome(first, result));
     });
 }
 
-fn send(shared: &Shared, mut members: Vec<Member>, times: Times) -> anyhow::Result<()> {
+/// Home has everything: it is to run those who are still there. Then comes what they run there without.
+fn commit(shared: &Shared, lane: i32, group: Vec<i32>, rest: Option<Rest>) -> Result<(), Failure> {
+    faults::at(Point::SourceResume).map_err(|why| Failure::new(Phase::Resume, why))?;
+    let home = |e: &dyn std::fmt::Display| Failure::new(Phase::Resume, format!("home: {e}"));
+    let commit = wire::encode(&wire::HomeCommit { group });
+    let answer = shared
+        .ask(lane, lane, Kind::HomeCommit, &commit)
+        .map_err(|e| home(&e))?;
+    wire::done(&answer).map_err(|e| home(&e))?;
+    if let Some(Rest { link, pusher }) = rest {
+        if let Some(guest) = shared.guests.read().get(&lane) {
+            // What is left here is no guest any more.
+            guest.leaving.store(true, Ordering::Release);
+        }
+        departure::push(&pusher, &link);
+    }
+    Ok(())
+}
+
+/// Gives the lane on which all went, those who have been sent, and what of one of them is still to be sent.
+fn send(
+    shared: &Shared,
+    mut members: Vec<Member>,
+    times: Times,
+) -> anyhow::Result<(i32, Vec<i32>, Option<Rest>)> {
+    faults::at(Point::SourceTransfer).map_err(anyhow::Error::msg)?;
     let mut group: Vec<i32> = members.iter().map(|m| m.pid).collect();
     let shared_memory = SharedObjects::of(members.iter().map(|m| (m.reached_by, &m.image)));
     let lane = group.first().copied().unwrap_or_default();
@@ -119,16 +147,7 @@ fn send(shared: &Shared, mut members: Vec<Member>, times: Times) -> anyhow::Resu
         };
         departure::tell_progress(shared, lane, &progress);
     }
-    let commit = wire::encode(&wire::HomeCommit { group });
-    wire::done(&shared.ask(lane, lane, Kind::HomeCommit, &commit)?).context("resuming at home")?;
-    if let Some(Rest { link, pusher }) = rest {
-        if let Some(guest) = shared.guests.read().get(&lane) {
-            // What is left here is no guest any more.
-            guest.leaving.store(true, Ordering::Release);
-        }
-        departure::push(&pusher, &link);
-    }
-    Ok(())
+    Ok((lane, group, rest))
 }
 
 /// What of a process that runs at home is still to be sent.
@@ -144,7 +163,7 @@ fn send_own(
     own: Departure,
     lazy: bool,
 ) -> anyhow::Result<(wire::MoveReport, Option<Tracker>, Option<Rest>)> {
-    let wanted = own.is_lazy();
+    let (wanted, early) = (own.is_lazy(), own.early);
     let Parts {
         link,
         source,
@@ -167,7 +186,7 @@ fn send_own(
         &member.image,
         member.reached_by,
         (&all, tracker.as_ref()),
-        lazy,
+        (lazy, early),
         &mut writer,
         &mut sink,
     )?;

@@ -71,11 +71,13 @@ pub fn send_process(
     let all = all_runs(reached_by, &launch.image.areas)?;
     link.tell(pid, pid, Kind::Launch, &[&wire::encode(launch)])?;
     let mut sink = |kind: Kind, parts: &[&[u8]]| link.tell(pid, pid, kind, parts).map_err(io::Error::other);
+    // Also of what was sent while it ran in vain nothing counts that does not exist any more.
+    let early = tracker.is_some() || writer.counts.pages > 0;
     let later = send_pages(
         &launch.image,
         reached_by,
         (&all, tracker),
-        lazy,
+        (lazy, early),
         writer,
         &mut sink,
     )?;
@@ -114,7 +116,8 @@ pub fn send_process(
 }
 
 /// Sends the pages of a process that stands still, of which `all` are all; those that have not changed since they were sent while it
-/// ran are left out (`tracker`). With `lazy`, so are those that can come later, which are given back.
+/// ran are left out (`tracker`). With `lazy`, so are those that can come later, which are given back. With `early`, pages may have been
+/// sent while it ran, and the other end hears which of them count.
 ///
 /// # Errors
 /// The process is gone, or `sink`'s.
@@ -122,7 +125,7 @@ pub fn send_pages(
     image: &ProcessImage,
     reached_by: i32,
     (all, tracker): (&[Range<u64>], Option<&Tracker>),
-    lazy: bool,
+    (lazy, early): (bool, bool),
     writer: &mut Writer,
     sink: &mut impl FnMut(Kind, &[&[u8]]) -> io::Result<()>,
 ) -> io::Result<Vec<Range<u64>>> {
@@ -133,7 +136,7 @@ pub fn send_pages(
         (first, later) = (divided.first, divided.later);
     }
     write_pages(reached_by, &first, writer, sink)?;
-    if changed.is_some() {
+    if early {
         // What was sent before of those that come later is not true any more.
         let there = without(all, &later);
         wire::present(&there, &mut |body| sink(Kind::Present, &[body]))?;

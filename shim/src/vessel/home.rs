@@ -140,15 +140,20 @@ impl Vessel {
     /// # Errors
     /// A thread is gone: the process was killed.
     pub fn resume(self, image: &ProcessImage) -> Result<Vec<Stopped>, VesselError> {
-        self.gather(image)?.finish(true)
+        self.gather(image, &mut Vec::new())?.finish(true)
     }
 
     /// The first part of [`Vessel::resume`]: everything but what ends the vessel, so that vessels that share their memory
-    /// can all be brought so far before one of them takes the stub away.
+    /// can all be brought so far before one of them takes the stub away. What the catcher takes only now and is among `carried` is
+    /// in the image.
     ///
     /// # Errors
     /// A thread is gone: the process was killed.
-    pub fn gather(self, image: &ProcessImage) -> Result<Homebound<'_>, VesselError> {
+    pub fn gather<'a>(
+        self,
+        image: &'a ProcessImage,
+        carried: &mut Vec<SigInfo>,
+    ) -> Result<Homebound<'a>, VesselError> {
         let site = vdso_site(image.reached_by())?;
         let memory = ProcessMemory::new(image.reached_by());
         let mut threads = Vec::new();
@@ -163,6 +168,13 @@ impl Vessel {
             threads.push((calls, thread));
         }
         end_catcher(self.catcher, &mut caught)?;
+        caught.retain(|info| match carried.iter().position(|c| c == info) {
+            Some(at) => {
+                carried.swap_remove(at);
+                false
+            }
+            None => true,
+        });
         if let Some((calls, _)) = threads.first_mut() {
             // Those that the guest changed last may not have been told.
             let present = capture::actions(calls, &memory)?;
