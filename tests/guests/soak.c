@@ -96,7 +96,7 @@ static void *mappings(void *unused) {
         case 2: {
             size_t pages = 1 + next(&state) % 24;
             void *at = mremap(m[i].at, m[i].pages * PAGE, pages * PAGE, MREMAP_MAYMOVE);
-            CHECK(at != MAP_FAILED);
+            EQ(at == MAP_FAILED ? errno : 0, 0);
             m[i].at = at;
             verify(m[i].at, (pages < m[i].pages ? pages : m[i].pages) * (PAGE / 8), m[i].seed);
             m[i].pages = pages;
@@ -117,7 +117,7 @@ static void *mappings(void *unused) {
     return unused;
 }
 
-/* The break, which no other thread touches: malloc has arenas of its own for them. */
+/* The break, which no other thread touches. */
 static void *the_break(void *unused) {
     uint64_t state = 123456789;
     size_t words = 0;
@@ -144,7 +144,8 @@ static void play(uint32_t side, int which) {
             clock_gettime(CLOCK_MONOTONIC, &t);
             t.tv_sec += 20;
             long r = syscall(SYS_futex, &ball, FUTEX_WAIT_BITSET_PRIVATE, seen, turns[which] % 2 ? &t : NULL, NULL, 1);
-            CHECK(r == 0 || errno == EAGAIN || errno == EINTR);
+            int e = errno;
+            CHECK(r == 0 || e == EAGAIN || e == EINTR);
         }
         ball = seen + 1;
         CHECK(syscall(SYS_futex, &ball, FUTEX_WAKE_PRIVATE, 1) >= 0);
@@ -260,7 +261,7 @@ static int send_all(pid_t pid, long number) {
         int signals[] = {HANDLED, AWAITED};
         for (int s = 0; s < 2; s++)
             while (sigqueue(pid, signals[s], (union sigval){.sival_int = (int)i}) < 0) {
-                CHECK(errno == EAGAIN);
+                EQ(errno, EAGAIN);
                 nanosleep(&pause, NULL);
             }
         nanosleep(&pause, NULL);
@@ -278,8 +279,10 @@ int main(int argc, char **argv) {
     sigaddset(&set, AWAITED);
     CHECK(pthread_sigmask(SIG_BLOCK, &set, NULL) == 0);
     CHECK(pipe(pipe_fds) == 0);
-    /* so that nobody but its thread moves the break */
-    CHECK(mallopt(M_TOP_PAD, 0) == 1);
+    /* This thread's heap has all that it will need, so that nobody but its thread moves the break; others have heaps of their own. */
+    CHECK(mallopt(M_TRIM_THRESHOLD, 1 << 30) == 1 && mallopt(M_MMAP_THRESHOLD, 8 << 20) == 1);
+    free(malloc(4 << 20));
+    CHECK(mallopt(M_MMAP_THRESHOLD, 128 << 10) == 1);
     void *(*work[THREADS])(void *) = {blocks, mappings, the_break, ping, pong, writer, reader, sleeper, waiter};
     pthread_t threads[THREADS];
     for (int i = 0; i < THREADS; i++) {
