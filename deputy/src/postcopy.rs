@@ -161,7 +161,10 @@ impl Home {
         self.shared.incomplete.lock().insert(pid, pager.clone());
         let shared = self.shared.clone();
         crate::contact::spawn("pager", move || {
-            pager.serve(|end| ended(&shared, pid, &pager, end));
+            let tell = &mut |progress| {
+                shared.progress.lock().insert(pid, progress);
+            };
+            pager.serve(tell, |end| ended(&shared, pid, &pager, end));
         });
         Ok(())
     }
@@ -192,6 +195,7 @@ impl Home {
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(());
         };
+        self.shared.progress.lock().remove(&pid);
         let Some((waiters, mut report)) = process.came.take() else {
             return Ok(());
         };

@@ -166,9 +166,9 @@ fn what_changes_too_fast_comes_at_last() {
     let lab = or_skip!(Lab::with(&["--nodes", "3", "--rate", "200mbit"]));
     let mut job = Running::start(&lab, How::Away(2), or_skip!(program(96)));
     let pid = job.number();
-    does(&mut job, "dirty", 0, 12_000);
-    for to in ["3", "home", "2", "3"] {
-        let report = Moving::ask(&lab, pid, to, "hybrid").report();
+    does(&mut job, "dirty", 0, 18_000);
+    for (to, mode) in [("3", "hybrid"), ("home", "auto"), ("2", "hybrid"), ("3", "auto")] {
+        let report = Moving::ask(&lab, pid, to, mode).report();
         let report = report.unwrap_or_else(|e| panic!("to {to}: {e}"));
         assert_eq!(report["mode"], "hybrid", "to {to}: {report}");
         assert!(report["rounds"].as_u64() >= Some(1), "to {to}: {report}");
@@ -176,9 +176,30 @@ fn what_changes_too_fast_comes_at_last() {
             report["after"]["pages"]["pages"].as_u64() > Some(1000),
             "to {to}: {report}"
         );
-        does(&mut job, "check", 12_000, 12_000);
+        does(&mut job, "check", 18_000, 6_000);
         assert_eq!(node_of(&lab, pid), Some(node_number(to)));
     }
+    assert_eq!(job.wait(), End::Code(0));
+}
+
+#[test]
+fn a_cut_link_is_waited_for() {
+    let lab = or_skip!(Lab::with(&["--nodes", "2", "--rate", "100mbit"]));
+    let mut job = Running::start(&lab, How::Away(2), or_skip!(program(64)));
+    let pid = job.number();
+    let moving = Moving::ask(&lab, pid, "home", "postcopy");
+    await_node(&lab, pid, 0);
+    let address = "ip -4 -o address show scope global | awk '{sub(\"/.*\", \"\", $4); print $4}'";
+    let address = lab.inspect(1, address);
+    lab.inspect(2, format!("ip route add unreachable {}", address.trim()));
+    job.write("check 16000 100\n");
+    // Longer than a link is kept on which a process comes that could go on where it is.
+    std::thread::sleep(Duration::from_secs(13));
+    assert!(moving.goes_on(), "nothing can have come");
+    lab.inspect(2, format!("ip route del unreachable {}", address.trim()));
+    assert_eq!(job.line(), "ok check");
+    assert_eq!(moving.report().expect("it comes")["mode"], "postcopy");
+    does(&mut job, "check", 0, 64 << 8);
     assert_eq!(job.wait(), End::Code(0));
 }
 

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::{Args, CommandFactory, ValueEnum};
-use linklayer::wire::{Mode, MoveReport, Progress, Way};
+use linklayer::wire::{Mode, MoveReport, Phase, Progress, Way};
 use serde::Serialize;
 
 use super::table::bytes;
@@ -44,7 +44,7 @@ pub struct MigrateArgs {
 /// How memory is moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum ModeArg {
-    /// As the size of the process suggests
+    /// As its size, and how fast it changes its memory, suggest
     Auto,
     /// The process stands still while its memory is sent
     Freeze,
@@ -320,6 +320,16 @@ fn text(pid: u32, report: &MoveReport) -> String {
 
 fn progress_text(progress: &Progress) -> String {
     let report = &progress.report;
+    if progress.phase == Phase::Postcopy {
+        return format!(
+            "process {}: {}, {} sent, {} left, waited for a page {} times",
+            progress.pid,
+            progress.phase,
+            bytes(report.after.pages.bytes),
+            bytes(progress.left * linklayer::image::PAGE),
+            report.after.faults
+        );
+    }
     format!(
         "process {}: {}, round {}, {} sent, {} changed in the last round",
         progress.pid,
@@ -391,6 +401,20 @@ mod tests {
         ] {
             assert!(said.contains(part), "{part}: {said}");
         }
+        let mut late = report.clone();
+        late.mode = Mode::Postcopy;
+        late.after.faults = 12;
+        late.after.last_page_us = 2_500_000;
+        let said = text(7, &late);
+        assert!(
+            said.contains("waited for a page 12 times") && said.contains("2500.0 ms"),
+            "{said}"
+        );
+        let json = serde_json::to_value(row(7, &Ok(Some(late)))).unwrap();
+        assert_eq!(
+            (&json["mode"], &json["after"]["faults"]),
+            (&"postcopy".into(), &12.into())
+        );
         let json = serde_json::to_value(row(7, &Ok(Some(report)))).unwrap();
         assert_eq!(json["way"], "direct");
         assert_eq!(json["mode"], "precopy");

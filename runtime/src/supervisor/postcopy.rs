@@ -56,7 +56,8 @@ pub(super) fn begin(
     let _ = later.pager.set(pager.clone());
     let (starter, shared, guest) = (shared.starter.clone(), shared.clone(), guest.clone());
     starter.start("pager", move || {
-        pager.serve(|end| ended(&shared, &guest, end));
+        let tell = &mut |progress| super::departure::tell_progress(&shared, guest.pid, &progress);
+        pager.serve(tell, |end| ended(&shared, &guest, end));
     });
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -18,8 +18,9 @@ use parking_lot::Mutex;
 use super::handshake::StoreConfig;
 use crate::pagestore::PageStore;
 
-/// What may wait to be put in. What is more is not kept.
-const MOST_WAITING: usize = 64;
+/// What may wait to be put in, and how many bytes of memory besides what is put in at that moment. What is more is not kept.
+const MOST_WAITING: usize = 1024;
+const MOST_WAITING_BYTES: usize = 1 << 30;
 /// Bytes of a file that are read at a time.
 const FILE_CHUNK_BYTES: u64 = 1 << 20;
 
@@ -39,6 +40,8 @@ pub struct Stored {
     opened: Arc<OnceLock<Option<PageStore>>>,
     work: Arc<Mutex<Option<Sender<Work>>>>,
     done: Receiver<()>,
+    /// Bytes of memory that wait.
+    waiting_bytes: Arc<AtomicUsize>,
 }
 
 impl Stored {
@@ -49,6 +52,7 @@ impl Stored {
             opened: Arc::new(OnceLock::from(None)),
             work: Arc::default(),
             done: crossbeam_channel::never(),
+            waiting_bytes: Arc::default(),
         }
     }
 
@@ -60,7 +64,9 @@ impl Stored {
             opened: Arc::default(),
             work: Arc::new(Mutex::new(Some(work))),
             done,
+            waiting_bytes: Arc::default(),
         };
+        let waiting_bytes = stored.waiting_bytes.clone();
         let Some(config) = config else {
             let _ = stored.opened.set(None);
             return stored;
@@ -73,7 +79,7 @@ impl Stored {
             }
             let _ = opened.set(store.ok());
             if let Some(Some(store)) = opened.get() {
-                serve(store, &works);
+                serve(store, &works, &waiting_bytes);
             }
             drop(ended);
         };
@@ -106,23 +112,37 @@ impl Stored {
 
     /// Keeps the memory that a process brought.
     pub fn keep_memory(&self, pages: Kept) {
-        self.put(Work::Memory(pages));
+        let bytes = pages.bytes();
+        if self.waiting_bytes.load(Ordering::Relaxed) > MOST_WAITING_BYTES {
+            tracing::debug!(bytes, "the page store is busy; not kept");
+            return;
+        }
+        self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if !self.put(Work::Memory(pages)) {
+            self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
     }
 
     /// Keeps ranges of a file that had to be fetched, or takes note that nothing had.
     pub fn keep_file(&self, file: io::Result<File>, fetched: Vec<Range<u64>>) {
-        match file {
+        let _kept = match file {
             Ok(file) if !fetched.is_empty() => self.put(Work::File(file, fetched)),
             _ => self.put(Work::Used),
-        }
+        };
     }
 
-    fn put(&self, work: Work) {
-        if !matches!(self.opened.get(), Some(None))
-            && let Some(queue) = &*self.work.lock()
-            && let Err(TrySendError::Full(_)) = queue.try_send(work)
-        {
-            tracing::debug!("the page store is busy; not kept");
+    /// False when it is not kept.
+    fn put(&self, work: Work) -> bool {
+        if matches!(self.opened.get(), Some(None)) {
+            return false;
+        }
+        match self.work.lock().as_ref().map(|queue| queue.try_send(work)) {
+            Some(Ok(())) => true,
+            Some(Err(TrySendError::Full(_))) => {
+                tracing::debug!("the page store is busy; not kept");
+                false
+            }
+            Some(Err(TrySendError::Disconnected(_))) | None => false,
         }
     }
 
@@ -142,11 +162,12 @@ impl Source for Stored {
     }
 }
 
-fn serve(store: &PageStore, works: &Receiver<Work>) {
+fn serve(store: &PageStore, works: &Receiver<Work>, waiting_bytes: &AtomicUsize) {
     let complained = AtomicBool::new(false);
     for work in works {
         let result = match work {
             Work::Memory(pages) => {
+                waiting_bytes.fetch_sub(pages.bytes(), Ordering::Relaxed);
                 let pages = pages.runs().flat_map(|(_, run)| run.chunks(PAGE as usize));
                 store.insert(pages)
             }

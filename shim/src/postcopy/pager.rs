@@ -12,13 +12,15 @@ use linklayer::image::PAGE;
 use linklayer::pages::{self, Piece};
 use linklayer::postcopy::Missing;
 use linklayer::quic::Link;
-use linklayer::wire::{self, After, Kind};
+use linklayer::wire::{self, After, Kind, Mode, MoveReport, Phase, Progress};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::userfault::{Happened, Put, Userfault};
 
+/// How often it is told how far it is.
+const TELL_EVERY: Duration = Duration::from_millis(500);
 /// How soon it is looked again after the layout of a process was changing, ms.
 const AGAIN_MS: u16 = 1;
 /// The link of a process whose pages are still coming is not given up for so long: when it is, the process is lost.
@@ -51,6 +53,8 @@ struct State {
     /// Pages, by their addresses there, that the source was asked for and that have not come.
     asked: HashSet<u64>,
     after: After,
+    /// When it was last told how far it is.
+    told: Instant,
     lost: Option<String>,
     needless: bool,
     ended: Option<Result<(), String>>,
@@ -103,6 +107,7 @@ impl Pager {
                 spaces: vec![space],
                 asked: HashSet::new(),
                 after: After::default(),
+                told: Instant::now(),
                 lost: None,
                 needless: false,
                 ended: None,
@@ -121,13 +126,6 @@ impl Pager {
     /// Whether the rest is lost.
     pub fn is_lost(&self) -> bool {
         self.state.lock().lost.is_some()
-    }
-
-    /// What was done so far, and how many pages are missing.
-    pub fn progress(&self) -> (After, u64) {
-        let state = self.state.lock();
-        let left = state.spaces.iter().map(|s| s.missing.pages()).max();
-        (state.after, left.unwrap_or(0))
     }
 
     /// Takes up a frame of the source's.
@@ -175,9 +173,10 @@ impl Pager {
             over &= space.is_done();
         }
         let late = state.spaces.iter().any(|s| !s.late.is_empty());
+        let tell = state.told.elapsed() > TELL_EVERY;
         drop(state);
         self.changed.notify_all();
-        if over || late {
+        if over || late || tell {
             self.rouse();
         }
         Ok(())
@@ -261,13 +260,13 @@ impl Pager {
         }
     }
 
-    /// Serves until all pages are here, or cannot be had, or are not needed. `ended` is called once, before anybody who waits for a
-    /// page gets zeros.
-    pub fn serve(self: &Arc<Self>, ended: impl FnOnce(End)) {
+    /// Serves until all pages are here, or cannot be had, or are not needed. `tell` hears now and then how far it is. `ended` is called
+    /// once, before anybody who waits for a page gets zeros.
+    pub fn serve(self: &Arc<Self>, tell: &mut dyn FnMut(Progress), ended: impl FnOnce(End)) {
         let end = loop {
             match self.round() {
                 Ok(Some(end)) => break end,
-                Ok(None) => {}
+                Ok(None) => self.say_how_far(tell),
                 Err(e) => break End::Lost(format!("its memory cannot be filled: {e}")),
             }
         };
@@ -304,6 +303,26 @@ impl Pager {
         self.changed.notify_all();
         drop(spaces);
         self.link.close();
+    }
+
+    fn say_how_far(&self, tell: &mut dyn FnMut(Progress)) {
+        let mut state = self.state.lock();
+        if state.told.elapsed() < TELL_EVERY {
+            return;
+        }
+        state.told = Instant::now();
+        let progress = Progress {
+            pid: self.pid,
+            phase: Phase::Postcopy,
+            report: MoveReport {
+                mode: Mode::Postcopy,
+                after: state.after,
+                ..MoveReport::default()
+            },
+            left: state.spaces.iter().map(|s| s.missing.pages()).max().unwrap_or(0),
+        };
+        drop(state);
+        tell(progress);
     }
 
     /// Waits for something, and does what can be done.
@@ -402,7 +421,7 @@ impl Space {
                 Ok(Put::Changing) => return false,
                 // No memory at this moment: it is tried again until there is some.
                 Err(e) => {
-                    tracing::warn!(error = %e, "page not put in yet");
+                    tracing::debug!(error = %e, "page not put in yet");
                     return false;
                 }
             }
