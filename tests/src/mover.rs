@@ -28,7 +28,13 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Each way from one place to another once.
 const WAYS: [u32; 6] = [3, HOME, 2, HOME, 3, 2];
-const MODES: [Mode; 3] = [Mode::Auto, Mode::Freeze, Mode::Precopy];
+const MODES: [Mode; 5] = [
+    Mode::Auto,
+    Mode::Postcopy,
+    Mode::Freeze,
+    Mode::Hybrid,
+    Mode::Precopy,
+];
 
 /// Words of the answer of a process that is placed just now, or moves with others.
 const MOVING: &str = "is being moved at this moment";
@@ -238,6 +244,8 @@ fn walk(state: &State, socket: PathBuf, process: ProcInfo, turn: usize) {
             Ok(report) => {
                 let mode = match report.mode {
                     Mode::Precopy => "precopy",
+                    Mode::Postcopy => "postcopy",
+                    Mode::Hybrid => "hybrid",
                     _ => "freeze",
                 };
                 *tally.moved.entry((to, mode)).or_default() += 1;

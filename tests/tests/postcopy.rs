@@ -183,6 +183,21 @@ fn what_changes_too_fast_comes_at_last() {
 }
 
 #[test]
+fn what_has_all_of_its_memory_at_once_is_complete() {
+    let lab = or_skip!(Lab::with(&["--nodes", "3"]));
+    let mut job = Running::start(&lab, How::Away(2), or_skip!(program(1)));
+    let pid = job.number();
+    for to in ["3", "home", "2"] {
+        // It waits for its input, so that nothing is left after the rounds.
+        let report = Moving::ask(&lab, pid, to, "hybrid").report();
+        let report = report.unwrap_or_else(|e| panic!("to {to}: {e}"));
+        assert_eq!(report["mode"], "hybrid", "to {to}: {report}");
+        does(&mut job, "fork", 0, 0);
+    }
+    assert_eq!(job.wait(), End::Code(0));
+}
+
+#[test]
 fn a_cut_link_is_waited_for() {
     let lab = or_skip!(Lab::with(&["--nodes", "2", "--rate", "100mbit"]));
     let mut job = Running::start(&lab, How::Away(2), or_skip!(program(64)));

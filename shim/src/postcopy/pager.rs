@@ -263,6 +263,8 @@ impl Pager {
     /// Serves until all pages are here, or cannot be had, or are not needed. `tell` hears now and then how far it is. `ended` is called
     /// once, before anybody who waits for a page gets zeros.
     pub fn serve(self: &Arc<Self>, tell: &mut dyn FnMut(Progress), ended: impl FnOnce(End)) {
+        // There may be nothing to wait for.
+        self.rouse();
         let end = loop {
             match self.round() {
                 Ok(Some(end)) => break end,
