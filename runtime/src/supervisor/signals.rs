@@ -13,7 +13,7 @@ use linklayer::wire::{self, Kind};
 use shim::ptrace::Stopped;
 
 use super::guest::{Guest, InCall, SignalStatus, Thread};
-use super::tracer::{Hold, RESTARTNOINTR, Tracer};
+use super::tracer::{Hold, RESTARTNOHAND, Tracer};
 
 /// The first token: no program's own values of sigqueue(3) look like it.
 pub(super) const FIRST_TOKEN: u64 = 0x6d6f_7372_0000_0001;
@@ -94,10 +94,11 @@ impl Tracer {
             return Ok(());
         }
         let info = shim::signal::info_from_bytes(&signal.info);
+        // A guest that has left, and come back since, may not be quite dead yet: its threads have the same numbers.
         let target = if signal.tid != 0 {
             self.threads
                 .values()
-                .find(|t| t.thread.tid == signal.tid)
+                .find(|t| t.thread.tid == signal.tid && Arc::ptr_eq(&t.thread.guest, &guest))
                 .map(|t| t.thread.clone())
         } else {
             self.taker(&guest, sig)
@@ -267,14 +268,11 @@ impl Tracer {
         } else if sig > 0 {
             let _ = self.take_fix(outer, |f| f.signal == sig);
         } else if regs.rax as i64 == -i64::from(libc::EINTR)
-            && self.holds.get(&thread.guest.pid).is_some_and(Hold::captures)
+            && !matches!(self.holds.get(&thread.guest.pid), Some(Hold::Stopped))
         {
-            // Interrupted for a capture and by no signal: it is waited again elsewhere.
-            let set = thread.deliverable(None);
-            if !(1..=64).any(|s| set >> (s - 1) & 1 == 1 && !thread.guest.ignores(s)) {
-                regs.rax = RESTARTNOINTR as u64;
-                stopped.set_regs(&regs)?;
-            }
+            // Interrupted for a capture, which may be over by now: it is waited again, here or elsewhere, unless a handler runs.
+            regs.rax = RESTARTNOHAND as u64;
+            stopped.set_regs(&regs)?;
         }
         Ok(stopped.cont(0)?)
     }
@@ -301,7 +299,7 @@ impl Tracer {
                 self.threads
                     .values()
                     .map(|t| &t.thread)
-                    .filter(|t| t.guest.pid == guest.pid),
+                    .filter(|t| t.guest.outer == guest.outer),
             )
             .find(|t| !guest.ended.lock().contains(&t.outer) && !t.blocks(sig))
             .cloned()
