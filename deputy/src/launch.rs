@@ -370,7 +370,7 @@ fn transfer(mut ready: Ready, description: Description) -> anyhow::Result<Arrive
     let contact = ready.road.contact.clone();
     let rest = if ready.lazy {
         let pusher = Pusher::new(pid, tid, later).context("its memory")?;
-        ready.road.source.serve(pusher.clone());
+        ready.road.source.serve(ready.road.link(), pusher.clone());
         Some(Rest {
             road: ready.road,
             pusher,

@@ -518,7 +518,7 @@ fn transfer(
     })?;
     let rest = if departure.lazy {
         let pusher = Pusher::new(pid, reached_by, later).map_err(|e| Failure::new(Phase::Transfer, e))?;
-        departure.source.serve(pusher.clone());
+        departure.source.serve(&departure.link, pusher.clone());
         Some(pusher)
     } else {
         None

@@ -196,7 +196,7 @@ fn send_own(
         return Ok((report, tracker, None));
     }
     let pusher = Pusher::new(pid, member.reached_by, later)?;
-    source.serve(pusher.clone());
+    source.serve(&link, pusher.clone());
     Ok((report, tracker, Some(Rest { link, pusher })))
 }
 

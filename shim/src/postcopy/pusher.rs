@@ -170,22 +170,51 @@ impl Pusher {
 #[derive(Debug, Default)]
 pub struct SourceLink {
     pusher: OnceLock<Arc<Pusher>>,
+    /// What came before there was a pusher: the target is ready a little earlier than the source knows.
+    early: Mutex<Vec<Early>>,
 }
 
+/// Lane, header and body of a frame.
+type Early = (u32, Header, Vec<u8>);
+
+/// Most of these, and most bytes of one.
+const MOST_EARLY: usize = 64;
+const MOST_EARLY_BYTES: usize = 64 << 10;
+
 impl SourceLink {
-    /// From now on the target may want pages.
-    pub fn serve(&self, pusher: Arc<Pusher>) {
-        let _ = self.pusher.set(pusher);
+    /// From now on the target may want pages, by this link.
+    pub fn serve(&self, link: &Link, pusher: Arc<Pusher>) {
+        let mut early = self.early.lock();
+        for (lane, header, payload) in early.drain(..) {
+            if let Err(why) = pusher.frame(link, lane, header, &payload) {
+                pusher.stop(&why);
+            }
+        }
+        let _ = self.pusher.set(pusher.clone());
+        // Nobody is told of it once more.
+        if let Some(why) = link.lost() {
+            pusher.stop(&why.to_string());
+        }
+    }
+
+    fn take_up(&self, link: &Link, lane: u32, header: Header, payload: Vec<u8>) -> Result<(), String> {
+        let mut early = self.early.lock();
+        if let Some(pusher) = self.pusher.get() {
+            drop(early);
+            return pusher.frame(link, lane, header, &payload);
+        }
+        let known = matches!(Kind::from_u16(header.kind), Some(Kind::Want | Kind::Whole));
+        if !known || early.len() >= MOST_EARLY || payload.len() > MOST_EARLY_BYTES {
+            return Err(format!("a frame of kind {} that nobody asked for", header.kind));
+        }
+        early.push((lane, header, payload));
+        Ok(())
     }
 }
 
 impl Handler for SourceLink {
     fn frame(&self, link: &Link, lane: u32, header: Header, payload: Vec<u8>) {
-        let done = match self.pusher.get() {
-            Some(pusher) => pusher.frame(link, lane, header, &payload),
-            None => Err(format!("a frame of kind {} that nobody asked for", header.kind)),
-        };
-        if let Err(why) = done {
+        if let Err(why) = self.take_up(link, lane, header, payload) {
             tracing::error!(%why, "the target of a process breaks the protocol");
             link.close();
             self.lost(&LinkError::Protocol(why));
