@@ -89,6 +89,29 @@ fn words(text: &str) -> impl Iterator<Item = &str> {
     text.split(|c: char| !c.is_alphanumeric() && c != '_')
 }
 
+/// A test that runs a program in the wrong directory leaves its files there.
+#[test]
+fn nothing_strange_is_at_the_top() {
+    const KNOWN: [&str; 10] = [
+        ".gitignore",
+        "ARCHITECTURE.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "Cargo.lock",
+        "Cargo.toml",
+        "LICENSE-APACHE",
+        "LICENSE-MIT",
+        "README.md",
+        "rustfmt.toml",
+    ];
+    let at_the_top = files().into_iter().filter(|path| path.components().count() == 1);
+    let strange: Vec<_> = at_the_top
+        .map(|path| path.display().to_string())
+        .filter(|path| !KNOWN.contains(&path.as_str()))
+        .collect();
+    assert_none("files that do not belong there", &strange);
+}
+
 #[test]
 fn unsafe_code_is_in_shim_alone() {
     let found: Vec<_> = with_extension("rs")
