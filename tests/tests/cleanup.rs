@@ -21,6 +21,10 @@ const PATIENCE: Duration = Duration::from_secs(if cfg!(debug_assertions) { 5 } e
 const BUSY: &str = "
 import os, subprocess, sys, threading, time
 os.setpgid(0, 0)
+# Before there are threads: it would keep open what they have just made for their children.
+if os.fork() == 0:
+    os.setsid()
+    time.sleep(1000)
 def compute():
     while True: pass
 made = 0
@@ -35,9 +39,6 @@ end, _ = os.pipe()
 for what in compute, make, make, lock.acquire, lambda: os.read(end, 1), lambda: time.sleep(1000):
     threading.Thread(target=what, daemon=True).start()
 waiting = [subprocess.Popen(['sleep', '1000']), subprocess.Popen(['cat'], stdin=subprocess.PIPE)]
-if os.fork() == 0:
-    os.setsid()
-    time.sleep(1000)
 print(os.getpid(), flush=True)
 while made < 4: time.sleep(0.01)
 print('busy', flush=True)
