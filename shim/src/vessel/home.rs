@@ -241,6 +241,11 @@ fn changes<'a>(
     image: &'a ProcessImage,
     file: &dyn Fn(u64) -> Option<Arc<File>>,
 ) -> Vec<Change<'a>> {
+    // What was one area away, and lies over several here, does not become one by itself, and an mremap(2) of it would fail.
+    let in_pieces = |area: &Area| {
+        let one = |l: &MapLine| l.range.start <= area.start && area.end <= l.range.end;
+        area.kind == AreaKind::Anon && !area.flags.has(AreaFlags::GROWSDOWN) && !lines.iter().any(one)
+    };
     let mut lines = lines.iter().peekable();
     let mut areas = image.areas.iter().filter(|a| !a.is_kernel()).peekable();
     let mut out: Vec<Change> = Vec::new();
@@ -269,7 +274,8 @@ fn changes<'a>(
                 add(&mut out, Change::Unmap(piece));
                 continue;
             }
-            (line, Some(area)) => match line.filter(|l| same(l, area, piece.start, file)) {
+            (line, Some(area)) => match line.filter(|l| !in_pieces(area) && same(l, area, piece.start, file))
+            {
                 None => {
                     add(&mut out, Change::Map(piece.clone(), area));
                     advise(&mut out, piece, AreaFlags::default(), area.flags);
@@ -529,7 +535,9 @@ mod tests {
 
     #[test]
     fn pieces_are_cut_at_every_edge() {
-        let image = image(vec![anon(0x2000, 0x8000, 3)]);
+        let mut stack = anon(0x2000, 0x8000, 3);
+        stack.flags.0 = AreaFlags::GROWSDOWN;
+        let image = image(vec![stack]);
         let mut shared = line(0x3000, 0x4000, 3);
         shared.shared = true;
         let lines = [line(0x1000, 0x3000, 3), shared, line(0x7000, 0x9000, 1)];
@@ -544,5 +552,23 @@ mod tests {
             ]
         );
         assert_eq!(changes(&[], &super::tests::image(vec![]), &|_| None), []);
+    }
+
+    #[test]
+    fn what_was_one_area_becomes_one() {
+        let image = image(vec![anon(0x1000, 0x3000, 3), anon(0x4000, 0x6000, 3)]);
+        let lines = [
+            line(0x1000, 0x2000, 3),
+            line(0x2000, 0x3000, 3),
+            line(0x3000, 0x7000, 3),
+        ];
+        assert_eq!(
+            changes(&lines, &image, &|_| None),
+            [
+                Change::Map(0x1000..0x3000, &image.areas[0]),
+                Change::Unmap(0x3000..0x4000),
+                Change::Unmap(0x6000..0x7000),
+            ]
+        );
     }
 }
