@@ -73,18 +73,22 @@ fn ended(shared: &Shared, guest: &Guest, end: End) {
                 why,
                 "its memory cannot be had any more from where it came; it is killed"
             );
-            // At once, with those that borrow its memory: they would go on with zeros.
-            let guests: Vec<Arc<Guest>> = shared.guests.read().values().cloned().collect();
-            for one in guests.iter().filter(|one| one.space == guest.space) {
-                if let Err(e) = shim::signal::kill_by(&one.exited) {
-                    tracing::debug!(pid = one.pid, error = %e, "kill");
-                }
-            }
             (wire::After::default(), why)
         }
     };
+    let is_lost = !lost.is_empty();
+    // Home hears why before it hears that it has ended.
     let body = Settled { pid, after, lost };
     shared.tell(pid, Kind::Settled, &wire::encode(&body));
+    if is_lost {
+        // With those that borrow its memory: they would go on with zeros.
+        let guests: Vec<Arc<Guest>> = shared.guests.read().values().cloned().collect();
+        for one in guests.iter().filter(|one| one.space == guest.space) {
+            if let Err(e) = shim::signal::kill_by(&one.exited) {
+                tracing::debug!(pid = one.pid, error = %e, "kill");
+            }
+        }
+    }
     shared.post(Command::Settled);
 }
 
