@@ -55,6 +55,16 @@ pub enum JobError {
         "process {0} belongs to no job of yours; `mosps` lists those that do (a program takes part when it is started with mosrun, or taken up with `mosctl adopt`)"
     )]
     NoSuchProcess(u32),
+    /// No job that answers has such a process, and one does not answer.
+    #[error("process {pid} belongs to no job that answers; the one at {} does not: {why}", path.display())]
+    Unanswered {
+        /// The process.
+        pid: u32,
+        /// The socket of the job.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: Box<JobError>,
+    },
 }
 
 fn ask(
@@ -182,10 +192,19 @@ fn listening(table: &[u8]) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Something of each job, with its socket.
+type BySocket<T> = Vec<(PathBuf, T)>;
+
 /// Describes every job in `rundirs`, in the order of their deputies' pids, with the socket of each. A socket that nobody
 /// listens on any more is removed when its deputy is dead; a job that does not answer is left out.
 pub fn all(rundirs: &[PathBuf]) -> Vec<(PathBuf, JobInfo)> {
+    visit(rundirs).0
+}
+
+/// As [`all`], with those that do not answer, and why.
+fn visit(rundirs: &[PathBuf]) -> (BySocket<JobInfo>, BySocket<JobError>) {
     let mut jobs = Vec::new();
+    let mut silent = Vec::new();
     for dir in rundirs {
         let Ok(entries) = std::fs::read_dir(rundir::jobs_dir(dir)) else {
             continue;
@@ -194,6 +213,8 @@ pub fn all(rundirs: &[PathBuf]) -> Vec<(PathBuf, JobInfo)> {
             let Some(pid) = deputy_of(&path) else { continue };
             match list(&path) {
                 Ok(job) => jobs.push((path, job)),
+                // It has just ended.
+                Err(JobError::Connect { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                 Err(JobError::Connect { source, .. })
                     if source.kind() == io::ErrorKind::ConnectionRefused =>
                 {
@@ -201,12 +222,15 @@ pub fn all(rundirs: &[PathBuf]) -> Vec<(PathBuf, JobInfo)> {
                         let _ = std::fs::remove_file(&path);
                     }
                 }
-                Err(e) => tracing::debug!("{}: {e}", path.display()),
+                Err(e) => {
+                    tracing::debug!("{}: {e}", path.display());
+                    silent.push((path, e));
+                }
             }
         }
     }
     jobs.sort_by_key(|(_, job)| job.deputy_pid);
-    jobs
+    (jobs, silent)
 }
 
 fn deputy_of(socket: &Path) -> Option<u32> {
@@ -216,9 +240,10 @@ fn deputy_of(socket: &Path) -> Option<u32> {
 /// Finds the job of process `pid`, which may also be the pid of its `mosrun`, and the pid to speak of.
 ///
 /// # Errors
-/// [`JobError::NoSuchProcess`].
+/// [`JobError::NoSuchProcess`], [`JobError::Unanswered`].
 pub fn find(rundirs: &[PathBuf], pid: u32) -> Result<(PathBuf, JobInfo, u32), JobError> {
-    for (path, job) in all(rundirs) {
+    let (jobs, mut silent) = visit(rundirs);
+    for (path, job) in jobs {
         if job.processes.iter().any(|p| p.pid == pid) {
             return Ok((path, job, pid));
         }
@@ -227,7 +252,14 @@ pub fn find(rundirs: &[PathBuf], pid: u32) -> Result<(PathBuf, JobInfo, u32), Jo
             return Ok((path, job, main));
         }
     }
-    Err(JobError::NoSuchProcess(pid))
+    Err(match silent.pop() {
+        Some((path, why)) => JobError::Unanswered {
+            pid,
+            path,
+            why: Box::new(why),
+        },
+        None => JobError::NoSuchProcess(pid),
+    })
 }
 
 #[cfg(test)]
