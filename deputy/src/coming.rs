@@ -17,9 +17,6 @@ use shim::postcopy::Pager;
 
 use crate::shared::Shared;
 
-/// Most bytes of memory that are kept for one process.
-const MAX_KEPT_BYTES: usize = 4 << 30;
-
 /// Memory of processes that come home.
 #[derive(Default)]
 pub struct Coming {
@@ -54,7 +51,9 @@ pub struct Later {
 }
 
 /// Most runs of pages in a list: as many as there are when every other page is there.
-const MAX_RUNS: usize = MAX_KEPT_BYTES / PAGE as usize / 2;
+fn most_runs() -> usize {
+    pages::most_kept_bytes() / PAGE as usize / 2
+}
 
 impl Coming {
     /// The vessel of a process has made a userfaultfd.
@@ -133,7 +132,10 @@ impl OwnLink {
                     drop(all);
                     return crate::contact::write_pages(&self.shared, self.pid, piece.address, &piece.data);
                 }
-                early.pages.put(&piece, MAX_KEPT_BYTES).map_err(|e| e.to_string())
+                early
+                    .pages
+                    .put(&piece, pages::most_kept_bytes())
+                    .map_err(|e| e.to_string())
             }
             Kind::Present => {
                 let present: wire::Present = wire::decode(payload).map_err(|e| e.to_string())?;
@@ -150,7 +152,7 @@ impl OwnLink {
                 for (start, end) in more.runs {
                     let ordered = start < end && end <= USER_END && list.last().is_none_or(|l| l.1 <= start);
                     let pages = start.is_multiple_of(PAGE) && end.is_multiple_of(PAGE);
-                    if !ordered || !pages || list.len() >= MAX_RUNS {
+                    if !ordered || !pages || list.len() >= most_runs() {
                         return Err("a list of pages that is none".into());
                     }
                     list.push((start, end));

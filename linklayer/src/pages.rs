@@ -9,6 +9,7 @@ pub mod known;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use thiserror::Error;
 
@@ -199,6 +200,27 @@ struct Block {
     pages: u64,
 }
 
+/// Most bytes of pages that are kept for one process: this machine's memory. What is more could not run here.
+pub fn most_kept_bytes() -> usize {
+    /// Where the kernel does not tell.
+    const OTHERWISE: usize = 8 << 30;
+    static BYTES: OnceLock<usize> = OnceLock::new();
+    *BYTES.get_or_init(|| {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        total_bytes(&text).unwrap_or(OTHERWISE)
+    })
+}
+
+/// MemTotal of proc_meminfo(5), which is in units of 1024 bytes.
+fn total_bytes(meminfo: &str) -> Option<usize> {
+    let line = meminfo.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
+    line.split_whitespace()
+        .next()?
+        .parse::<usize>()
+        .ok()?
+        .checked_mul(1024)
+}
+
 /// Pages of a process that is not built yet. What comes later replaces what came before.
 #[derive(Default)]
 pub struct Kept {
@@ -364,6 +386,16 @@ fn present(word: u64) -> impl Iterator<Item = Range<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_may_bring_as_much_as_the_machine_has() {
+        assert_eq!(
+            total_bytes("MemTotal:       24582508 kB\nMemFree: 1 kB\n"),
+            Some(24_582_508 << 10)
+        );
+        assert_eq!(total_bytes("MemFree: 1 kB\n"), None);
+        assert!(most_kept_bytes() > 1 << 20);
+    }
     use proptest::prelude::*;
 
     const LIMIT: usize = 64 << 20;

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use linklayer::frame::Header;
 use linklayer::image::{PAGE, USER_END};
-use linklayer::pages::Kept;
 use linklayer::pages::known::{Nothing, Source};
+use linklayer::pages::{self, Kept};
 use linklayer::quic::{Fingerprint, Handler, Link, LinkError, LinkListener, OneTimeKey, Options, ReplyTo};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, Listening, MAX_RUNS, Place};
@@ -23,8 +23,6 @@ use super::faults::{self, Point};
 use super::postcopy::{Later, PagerSlot};
 use super::shared::{Command, Shared};
 
-/// Most bytes of pages that may wait for one process that is being built.
-const MAX_PAGES_BYTES: usize = 8 << 30;
 /// How long somebody may take from being told of the link to its first packet.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(20);
 /// Most processes that may come at a time.
@@ -62,14 +60,17 @@ pub struct Arriving {
 }
 
 /// Most runs of pages in a list: as many as there are pages in what may come, when every other one is there.
-const MAX_LISTED: usize = MAX_PAGES_BYTES / PAGE as usize / 2;
+fn most_listed() -> usize {
+    pages::most_kept_bytes() / PAGE as usize / 2
+}
 
 /// Adds to a list of runs of pages, which is in the order of addresses.
 fn add_runs(list: &mut Vec<(u64, u64)>, payload: &[u8]) -> Result<(), String> {
     let more: wire::Present = wire::decode(payload).map_err(|e| e.to_string())?;
     for (start, end) in more.runs {
         let ordered = start < end && end <= USER_END && list.last().is_none_or(|last| last.1 <= start);
-        if !ordered || !start.is_multiple_of(PAGE) || !end.is_multiple_of(PAGE) || list.len() >= MAX_LISTED {
+        if !ordered || !start.is_multiple_of(PAGE) || !end.is_multiple_of(PAGE) || list.len() >= most_listed()
+        {
             return Err("a list of pages that is none".into());
         }
         list.push((start, end));
@@ -102,7 +103,7 @@ impl Arriving {
             }
             Kind::Pages | Kind::PackedPages | Kind::KnownPages => {
                 self.pages
-                    .take(kind, payload, source, MAX_PAGES_BYTES)
+                    .take(kind, payload, source, pages::most_kept_bytes())
                     .map_err(|e| e.to_string())?;
             }
             Kind::Present => add_runs(self.present.get_or_insert_default(), payload)?,
