@@ -46,8 +46,9 @@ struct Moved {
 impl Mover {
     fn start(mib: u64, rate: &str) -> anyhow::Result<Mover> {
         let own = std::env::current_exe()?;
+        // Not with -h: what was started so is to outlive its deputy, and does not come home before its memory.
         let mut child = Command::new("mosrun")
-            .arg("-h")
+            .args(["-r", "2", "--"])
             .arg(own)
             .args(["--probe", "memory", &mib.to_string(), rate])
             .stdin(Stdio::piped())
@@ -57,6 +58,7 @@ impl Mover {
         let output = BufReader::new(child.stdout.take().context("the program's output")?);
         let mut mover = Mover { child, input, output };
         mover.line().context("the program's memory")?;
+        mover.freeze("home")?;
         Ok(mover)
     }
 
@@ -90,7 +92,7 @@ impl Mover {
             .output()?;
         let whole = begin.elapsed().as_secs_f64() * 1e3;
         if !output.status.success() {
-            let why = String::from_utf8_lossy(&output.stderr);
+            let why = String::from_utf8_lossy(&output.stdout);
             println!("\nnot measured: {mode} to {to}: {}", why.trim());
             return Ok(None);
         }
@@ -136,10 +138,11 @@ fn freezes(mib: u64, rate: &str, rounds: usize) -> anyhow::Result<()> {
         let [mut out, mut back] = [const { Vec::new() }; 2];
         let mut mover = Mover::start(mib, rate)?;
         for _ in 0..rounds {
-            let (Some(there), Some(here)) = (mover.go("2", mode)?, mover.go("home", mode)?) else {
+            let Some(there) = mover.go("2", mode)? else { break };
+            out.push(there.still);
+            let Some(here) = mover.go("home", mode)? else {
                 break;
             };
-            out.push(there.still);
             back.push(here.still);
         }
         if out.is_empty() {
@@ -147,7 +150,9 @@ fn freezes(mib: u64, rate: &str, rounds: usize) -> anyhow::Result<()> {
         }
         let base = *base.get_or_insert_with(|| median(&out));
         line(&format!("{mode}, to the node"), &out, "ms", base);
-        line(&format!("{mode}, home"), &back, "ms", base);
+        if !back.is_empty() {
+            line(&format!("{mode}, home"), &back, "ms", base);
+        }
     }
     Ok(())
 }
