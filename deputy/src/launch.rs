@@ -10,7 +10,6 @@ use linklayer::pages::Writer;
 use linklayer::quic::Link;
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, FileRef, Kind, MoveReport, Phase};
-use shim::postcopy::Pusher;
 use shim::ptrace::Stopped;
 use shim::track::Tracker;
 use shim::vessel::Vessel;
@@ -369,8 +368,8 @@ fn transfer(mut ready: Ready, description: Description) -> anyhow::Result<Arrive
     )?;
     let contact = ready.road.contact.clone();
     let rest = if ready.lazy {
-        let pusher = Pusher::new(pid, tid, later).context("its memory")?;
-        ready.road.source.serve(ready.road.link(), pusher.clone());
+        let pusher = ready.road.source.serve(ready.road.link(), pid, tid, later);
+        let pusher = pusher.context("its memory")?;
         Some(Rest {
             road: ready.road,
             pusher,

@@ -181,27 +181,25 @@ impl Home {
 
     /// Everything is ready, or cannot be made so: the process is stopped.
     pub(crate) fn depart(&mut self, pid: i32, ready: Result<Box<Ready>, String>) -> anyhow::Result<()> {
+        let waits = self.waits_for_a_time(pid);
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(());
         };
-        let Some(leaving) = process.leaving.as_mut() else {
+        let Some(mut leaving) = process.leaving.take() else {
             return Ok(());
         };
         match ready {
             Ok(ready) => {
                 leaving.ready = Some(ready);
-                if self.waits_for_a_time(pid)
-                    && let Some(leaving) = self.processes.get_mut(&pid).and_then(|p| p.leaving.take())
-                {
+                if waits {
                     return self.try_again(pid, leaving, Vec::new());
                 }
+                process.leaving = Some(leaving);
                 self.stop_leaving(pid, Stage::Stopping)
             }
             Err(why) => {
-                if let Some(leaving) = process.leaving.take() {
-                    let why = format!("process {pid} stays at home: {}: {why}", Phase::Reach);
-                    leaving.wish.fail(why);
-                }
+                let why = format!("process {pid} stays at home: {}: {why}", Phase::Reach);
+                leaving.wish.fail(why);
                 Ok(())
             }
         }
@@ -209,18 +207,16 @@ impl Home {
 
     /// A process that leaves is to be watched.
     pub(crate) fn track(&mut self, pid: i32, done: Sender<Result<Tracker, String>>) -> anyhow::Result<()> {
+        let waits = self.waits_for_a_time(pid);
         let Some(leaving) = self.processes.get_mut(&pid).and_then(|p| p.leaving.as_mut()) else {
             let _ = done.send(Err("it does not leave any more".into()));
             return Ok(());
         };
-        leaving.tracked = Some(done);
-        if self.waits_for_a_time(pid)
-            && let Some(leaving) = self.processes.get_mut(&pid).and_then(|p| p.leaving.as_mut())
-            && let Some(done) = leaving.tracked.take()
-        {
+        if waits {
             let _ = done.send(Err("a thread is in a wait that must not be disturbed".into()));
             return Ok(());
         }
+        leaving.tracked = Some(done);
         self.stop_leaving(pid, Stage::Tracking)
     }
 

@@ -33,6 +33,18 @@ fn choose(own: Option<std::ffi::OsString>, xdg: Option<std::ffi::OsString>, uid:
     }
 }
 
+/// A user's own directory `mosrun` of another kind: below `$VARIABLE`, else below `below_home` in the home directory; none
+/// without either (XDG Base Directory Specification).
+pub fn of_user(variable: &str, below_home: &str) -> Option<PathBuf> {
+    let var = |name: &str| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
+    let top = var(variable).or_else(|| var("HOME").map(|home| home.join(below_home)))?;
+    Some(top.join("mosrun"))
+}
+
 /// Makes sure that `dir` exists, belongs to the caller, and cannot be written by anybody else.
 ///
 /// # Errors

@@ -21,14 +21,12 @@ use crate::capture::{
 };
 use crate::ptrace::Stopped;
 use crate::remote_call::RemoteCalls;
+use crate::userfault::{UFFD_API, UFFDIO_API, UFFDIO_REGISTER};
 
 /// linux/userfaultfd.h.
 const USER_MODE_ONLY: u64 = 1;
-const UFFD_API: u64 = 0xaa;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
-const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
-const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
 const MODE_WP: u64 = 1 << 1;
 
 /// Watches the memory of one process. When it is dropped, the memory is as it was.

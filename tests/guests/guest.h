@@ -109,6 +109,19 @@ __attribute__((unused)) static void sleep_ms(long ms) {
 }
 
 /* Installs a handler with flags and nothing blocked. */
+/* Queues each of these signals so often for a process, with the values 1, 2 and so on, and pauses after each round. */
+__attribute__((unused)) static void rain_on(pid_t pid, const int *signals, int count, long rounds, long pause_ns) {
+    struct timespec pause = {.tv_nsec = pause_ns};
+    for (long i = 1; i <= rounds; i++) {
+        for (int s = 0; s < count; s++)
+            while (sigqueue(pid, signals[s], (union sigval){.sival_int = (int)i}) < 0) {
+                EQ(errno, EAGAIN);
+                nanosleep(&pause, NULL);
+            }
+        nanosleep(&pause, NULL);
+    }
+}
+
 __attribute__((unused)) static void handle(int sig, void (*handler)(int), int flags) {
     struct sigaction a;
     memset(&a, 0, sizeof a);

@@ -30,20 +30,11 @@ static void *compute(void *arg) {
     return NULL;
 }
 
-static int send_all(pid_t pid, long number) {
-    struct timespec pause = {.tv_nsec = 500 * 1000};
-    for (long i = 1; i <= number; i++) {
-        union sigval value = {.sival_int = (int)i};
-        while (sigqueue(pid, SIGRTMIN, value) < 0 && errno == EAGAIN)
-            nanosleep(&pause, NULL);
-        nanosleep(&pause, NULL);
-    }
-    return 0;
-}
-
 int main(int argc, char **argv) {
-    if (argc == 3)
-        return send_all(atoi(argv[1]), atol(argv[2]));
+    if (argc == 3) {
+        rain_on(atoi(argv[1]), (int[]){SIGRTMIN}, 1, atol(argv[2]), 500 * 1000);
+        return 0;
+    }
     struct sigaction action = {.sa_sigaction = on_drop, .sa_flags = SA_SIGINFO | SA_RESTART};
     CHECK(sigaction(SIGRTMIN, &action, NULL) == 0);
     pthread_t threads[THREADS];

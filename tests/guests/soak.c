@@ -255,23 +255,11 @@ static void *waiter(void *unused) {
     return unused;
 }
 
-static int send_all(pid_t pid, long number) {
-    struct timespec pause = {.tv_nsec = 1000 * 1000};
-    for (long i = 1; i <= number; i++) {
-        int signals[] = {HANDLED, AWAITED};
-        for (int s = 0; s < 2; s++)
-            while (sigqueue(pid, signals[s], (union sigval){.sival_int = (int)i}) < 0) {
-                EQ(errno, EAGAIN);
-                nanosleep(&pause, NULL);
-            }
-        nanosleep(&pause, NULL);
-    }
-    return 0;
-}
-
 int main(int argc, char **argv) {
-    if (argc == 3)
-        return send_all(atoi(argv[1]), atol(argv[2]));
+    if (argc == 3) {
+        rain_on(atoi(argv[1]), (int[]){HANDLED, AWAITED}, 2, atol(argv[2]), 1000 * 1000);
+        return 0;
+    }
     struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART};
     CHECK(sigaction(HANDLED, &action, NULL) == 0);
     sigset_t set;

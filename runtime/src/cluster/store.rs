@@ -178,15 +178,7 @@ impl StateDir {
         if nix::unistd::geteuid().is_root() {
             return "/var/lib/mosrun".into();
         }
-        let var = |name| {
-            std::env::var_os(name)
-                .filter(|v| !v.is_empty())
-                .map(PathBuf::from)
-        };
-        var("XDG_STATE_HOME")
-            .or_else(|| var("HOME").map(|home| home.join(".local/state")))
-            .unwrap_or_else(|| "/tmp".into())
-            .join("mosrun")
+        crate::rundir::of_user("XDG_STATE_HOME", ".local/state").unwrap_or_else(|| "/tmp/mosrun".into())
     }
 
     /// Where it is.

@@ -342,15 +342,9 @@ impl Config {
         if nix::unistd::geteuid().is_root() {
             return "/etc/mosrun/mosd.toml".into();
         }
-        let var = |name| {
-            std::env::var_os(name)
-                .filter(|v| !v.is_empty())
-                .map(PathBuf::from)
-        };
-        var("XDG_CONFIG_HOME")
-            .or_else(|| var("HOME").map(|home| home.join(".config")))
-            .unwrap_or_else(|| "/etc".into())
-            .join("mosrun/mosd.toml")
+        rundir::of_user("XDG_CONFIG_HOME", ".config")
+            .unwrap_or_else(|| "/etc/mosrun".into())
+            .join("mosd.toml")
     }
 
     /// Reads the file at `path`, which must exist; without one, the file at the usual place, if there is one.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{Gid, Uid};
 
 use super::{Counts, FILES};
+use crate::rundir;
 
 /// The directory, unless the configuration names another: `/var/cache/mosrun` for root, else `$XDG_CACHE_HOME/mosrun` or
 /// `~/.cache/mosrun`.
@@ -15,15 +16,8 @@ pub fn default_dir() -> PathBuf {
     if nix::unistd::geteuid().is_root() {
         return "/var/cache/mosrun".into();
     }
-    let var = |name| {
-        std::env::var_os(name)
-            .filter(|v| !v.is_empty())
-            .map(PathBuf::from)
-    };
-    var("XDG_CACHE_HOME")
-        .or_else(|| var("HOME").map(|home| home.join(".cache")))
-        .unwrap_or_else(|| format!("/tmp/mosrun-cache-{}", nix::unistd::geteuid()).into())
-        .join("mosrun")
+    rundir::of_user("XDG_CACHE_HOME", ".cache")
+        .unwrap_or_else(|| format!("/tmp/mosrun-cache-{}/mosrun", nix::unistd::geteuid()).into())
 }
 
 /// Makes sure that the directory of a user's store is there, and gives its path. Done by the daemon, whose supervisors have no rights to.

@@ -247,19 +247,6 @@ struct OwnLink {
     pager: PagerSlot,
 }
 
-impl OwnLink {
-    fn end(&self) {
-        let mut links = self.shared.arrivals.links.lock();
-        self.over.store(true, Ordering::Release);
-        if links
-            .get(&self.pid)
-            .is_some_and(|(number, _)| *number == self.number)
-        {
-            links.remove(&self.pid);
-        }
-    }
-}
-
 impl Handler for OwnLink {
     fn frame(&self, link: &Link, lane: u32, header: Header, payload: Vec<u8>) {
         let kind = Kind::from_u16(header.kind).ok_or_else(|| format!("unknown kind {}", header.kind));
@@ -325,7 +312,14 @@ impl OwnLink {
             return;
         }
         *self.arriving.lock() = Arriving::default();
-        self.end();
+        let mut links = self.shared.arrivals.links.lock();
+        self.over.store(true, Ordering::Release);
+        if links
+            .get(&self.pid)
+            .is_some_and(|(number, _)| *number == self.number)
+        {
+            links.remove(&self.pid);
+        }
     }
 }
 

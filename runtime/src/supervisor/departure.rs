@@ -170,13 +170,7 @@ fn announce_files(shared: &Shared, guest: &Guest, departure: &Departure) {
 /// Home wants a guest back. One with little memory is stopped at once and sent on the contact; for another, home connects to a
 /// link of its own first.
 pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
-    let wire::Bring {
-        pid,
-        reason,
-        mode,
-        postcopy,
-    } = bring;
-    let guest = shared.guests.read().get(&pid).cloned();
+    let guest = shared.guests.read().get(&bring.pid).cloned();
     let pager = guest.as_ref().and_then(|g| g.memory.pager());
     if let Some(pager) = pager.cloned() {
         let starter = shared.starter.clone();
@@ -184,17 +178,17 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
         starter.start("departure", move || {
             // One that is lost is not brought home.
             if pager.wait().is_ok() {
-                let bring = wire::Bring {
-                    pid,
-                    reason,
-                    mode,
-                    postcopy,
-                };
                 begin_home(&shared, bring);
             }
         });
         return;
     }
+    let wire::Bring {
+        pid,
+        reason,
+        mode,
+        postcopy,
+    } = bring;
     let size_bytes = guest.map_or(0, |g| resident_bytes(g.memory.pid()));
     if size_bytes <= LARGE_BYTES && matches!(mode, Mode::Auto | Mode::Freeze) {
         shared.post(Command::GoHome(pid, reason));
@@ -517,9 +511,8 @@ fn transfer(
         e => Failure::new(Phase::Transfer, e),
     })?;
     let rest = if departure.lazy {
-        let pusher = Pusher::new(pid, reached_by, later).map_err(|e| Failure::new(Phase::Transfer, e))?;
-        departure.source.serve(&departure.link, pusher.clone());
-        Some(pusher)
+        let pusher = departure.source.serve(&departure.link, pid, reached_by, later);
+        Some(pusher.map_err(|e| Failure::new(Phase::Transfer, e))?)
     } else {
         None
     };

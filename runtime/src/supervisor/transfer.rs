@@ -195,8 +195,7 @@ fn send_own(
     if !lazy {
         return Ok((report, tracker, None));
     }
-    let pusher = Pusher::new(pid, member.reached_by, later)?;
-    source.serve(&link, pusher.clone());
+    let pusher = source.serve(&link, pid, member.reached_by, later)?;
     Ok((report, tracker, Some(Rest { link, pusher })))
 }
 

@@ -65,7 +65,7 @@ impl Pusher {
     ///
     /// # Errors
     /// Its memory cannot be read.
-    pub fn new(pid: i32, reached_by: i32, later: Vec<Range<u64>>) -> io::Result<Arc<Pusher>> {
+    fn new(pid: i32, reached_by: i32, later: Vec<Range<u64>>) -> io::Result<Arc<Pusher>> {
         let memory = ProcessMemory::new(reached_by);
         if let Some(first) = later.first() {
             // From now on it is this memory, whatever the process executes.
@@ -182,8 +182,18 @@ const MOST_EARLY: usize = 64;
 const MOST_EARLY_BYTES: usize = 64 << 10;
 
 impl SourceLink {
-    /// From now on the target may want pages, by this link.
-    pub fn serve(&self, link: &Link, pusher: Arc<Pusher>) {
+    /// From now on the target may want these pages of a process that stands still, by this link. Gives who sends them.
+    ///
+    /// # Errors
+    /// As [`Pusher::new`].
+    pub fn serve(
+        &self,
+        link: &Link,
+        pid: i32,
+        reached_by: i32,
+        later: Vec<Range<u64>>,
+    ) -> io::Result<Arc<Pusher>> {
+        let pusher = Pusher::new(pid, reached_by, later)?;
         let mut early = self.early.lock();
         for (lane, header, payload) in early.drain(..) {
             if let Err(why) = pusher.frame(link, lane, header, &payload) {
@@ -195,6 +205,7 @@ impl SourceLink {
         if let Some(why) = link.lost() {
             pusher.stop(&why.to_string());
         }
+        Ok(pusher)
     }
 
     fn take_up(&self, link: &Link, lane: u32, header: Header, payload: Vec<u8>) -> Result<(), String> {

@@ -12,6 +12,7 @@ use super::Outcome;
 use crate::cage::{Blank, Cage, CageError, CageOptions};
 use crate::memory::ProcessMemory;
 use crate::notify::{Listener, NotifyError};
+use crate::userfault::UFFDIO_API;
 
 /// Turns a failure into text.
 fn outcome<T, E: std::fmt::Display>(result: Result<T, E>) -> Outcome {
@@ -319,7 +320,6 @@ pub fn page_scan() -> Outcome {
 /// Opens a userfaultfd for user-mode faults with these features.
 fn userfault(features: u64) -> io::Result<()> {
     const UFFD_USER_MODE_ONLY: i32 = 1;
-    const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
     // SAFETY: no pointers.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) };
     last(fd, ())?;
