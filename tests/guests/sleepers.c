@@ -25,6 +25,12 @@ static int with_rest(void) {
     return nanosleep(&t, &rest);
 }
 
+/* The rest in the place of the whole, as Rust's standard library has it. */
+static int into_itself(void) {
+    struct timespec t = {SECONDS, 0};
+    return nanosleep(&t, &t);
+}
+
 static int by_clock(void) {
     struct timespec t = {SECONDS, 0};
     return clock_nanosleep(CLOCK_BOOTTIME, 0, &t, NULL);
@@ -55,7 +61,7 @@ static int for_ever(void) {
     return poll(&p, 1, -1) == 1 && p.revents == POLLIN ? 0 : 1;
 }
 
-static int (*const waits[])(void) = {plain, with_rest, by_clock, until, condition, for_ever};
+static int (*const waits[])(void) = {plain, with_rest, into_itself, by_clock, until, condition, for_ever};
 #define WAITS (int)(sizeof waits / sizeof *waits)
 static double took[WAITS];
 

@@ -14,7 +14,7 @@ use linklayer::syscall::{
 use linklayer::wire::{self, Kind};
 use shim::notify::{Notification, NotifyError};
 
-use super::guest::{Forwarded, InCall, SignalStatus, Thread};
+use super::guest::{Forwarded, InCall, SignalStatus, Thread, Wait};
 use super::shared::{Command, Shared};
 use super::tracer::{RESTART_BLOCK, RESTARTNOHAND, RESTARTNOINTR, is_restart};
 
@@ -330,7 +330,11 @@ impl Call<'_> {
             .map_err(|_| Outcome::Handled)?;
         let before = std::mem::replace(&mut *self.thread.call.lock(), InCall::Busy(self.notification));
         if let InCall::Forwarded(f) = before {
-            *self.thread.sleep.lock() = Some((f.nr, f.started));
+            *self.thread.sleep.lock() = Some(Wait {
+                nr: f.nr,
+                started: f.started,
+                timeout: None,
+            });
         }
         let Some(ret) = reply.first_chunk::<8>().copied() else {
             return Err(Outcome::Handled);

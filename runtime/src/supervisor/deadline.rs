@@ -28,30 +28,28 @@ pub(super) fn keep(thread: &Thread, waiting: Option<u32>, image: &mut ThreadImag
         made_again = waiting;
         image.regs.rax = u64::from(waiting);
     }
-    let Some((nr, started)) = *thread.sleep.lock() else {
+    let Some(wait) = thread.sleep.lock().filter(|w| w.nr == made_again) else {
         return;
     };
-    if nr != made_again {
-        return;
-    }
-    let elapsed = started.elapsed();
-    match i64::from(nr) {
+    let elapsed = wait.started.elapsed();
+    let left = wait.timeout.map(|timeout| timeout.saturating_sub(elapsed));
+    match i64::from(wait.nr) {
         libc::SYS_poll => image.regs.rdx = left_ms(image.regs.rdx, elapsed),
         libc::SYS_epoll_wait | libc::SYS_epoll_pwait => image.regs.r10 = left_ms(image.regs.r10, elapsed),
         libc::SYS_nanosleep => {
-            if let Some(sleep) = shortened(thread, image, image.regs.rdi, elapsed, ahead_ns) {
+            if let Some(sleep) = shortened(thread, image, left, ahead_ns) {
                 image.regs.rdi = sleep.timespec;
                 image.sleep = Some(sleep);
             }
         }
         libc::SYS_rt_sigtimedwait if image.regs.rdx != 0 => {
-            if let Some(sleep) = shortened(thread, image, image.regs.rdx, elapsed, ahead_ns) {
+            if let Some(sleep) = shortened(thread, image, left, ahead_ns) {
                 image.regs.rdx = sleep.timespec;
                 image.sleep = Some(sleep);
             }
         }
         libc::SYS_clock_nanosleep if image.regs.rsi & libc::TIMER_ABSTIME as u64 == 0 => {
-            if let Some(sleep) = shortened(thread, image, image.regs.rdx, elapsed, ahead_ns) {
+            if let Some(sleep) = shortened(thread, image, left, ahead_ns) {
                 image.regs.rdx = sleep.timespec;
                 image.sleep = Some(sleep);
             }
@@ -70,22 +68,18 @@ fn left_ms(timeout: u64, elapsed: Duration) -> u64 {
 }
 
 /// Writes what is left of the sleep below the thread's stack, where nothing else lies, and gives the place.
-fn shortened(
-    thread: &Thread,
-    image: &ThreadImage,
-    request: u64,
-    elapsed: Duration,
-    ahead_ns: i64,
-) -> Option<Sleep> {
-    let memory = &thread.guest.memory;
-    let (seconds, nanoseconds) = (memory.read_u64(request).ok()?, memory.read_u64(request + 8).ok()?);
-    let left = Duration::new(seconds, u32::try_from(nanoseconds).ok()?).saturating_sub(elapsed);
+fn shortened(thread: &Thread, image: &ThreadImage, left: Option<Duration>, ahead_ns: i64) -> Option<Sleep> {
+    let left = left?;
     let now_ns = shim::capture::clocks().monotonic_ns.saturating_add(ahead_ns);
     let sleep = Sleep {
         timespec: (image.regs.rsp - RED_ZONE - 64) & !15,
         until_ns: now_ns.saturating_add(i64::try_from(left.as_nanos()).unwrap_or(i64::MAX)),
     };
-    memory.write(sleep.timespec, &sleep.left(now_ns)).ok()?;
+    thread
+        .guest
+        .memory
+        .write(sleep.timespec, &sleep.left(now_ns))
+        .ok()?;
     Some(sleep)
 }
 

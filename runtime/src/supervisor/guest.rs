@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use linklayer::image::SigAction;
+use linklayer::memory::GuestMemory;
 use lru::LruCache;
 use parking_lot::Mutex;
 use shim::memory::ProcessMemory;
@@ -212,6 +213,38 @@ impl Drop for Thread {
     }
 }
 
+/// A wait with a relative timeout.
+#[derive(Clone, Copy, Debug)]
+pub struct Wait {
+    /// The system call's number.
+    pub nr: u32,
+    /// When it began.
+    pub started: Instant,
+    /// The timeout of a call that takes it from a timespec, as it was then: the kernel may write what is left to the same place.
+    pub timeout: Option<Duration>,
+}
+
+impl Wait {
+    /// One that begins now, in a call with these arguments.
+    pub fn begin(nr: u32, args: &[u64; 6], memory: &dyn GuestMemory) -> Wait {
+        let at = match i64::from(nr) {
+            libc::SYS_nanosleep => args[0],
+            libc::SYS_clock_nanosleep if args[1] & libc::TIMER_ABSTIME as u64 == 0 => args[2],
+            libc::SYS_rt_sigtimedwait => args[2],
+            _ => 0,
+        };
+        let timeout = || {
+            let (seconds, nanoseconds) = (memory.read_u64(at).ok()?, memory.read_u64(at + 8).ok()?);
+            (at != 0).then_some(Duration::new(seconds, u32::try_from(nanoseconds).ok()?))
+        };
+        Wait {
+            nr,
+            timeout: timeout(),
+            started: Instant::now(),
+        }
+    }
+}
+
 /// A thread of a guest.
 pub struct Thread {
     /// Its tid, the vessel thread's as well.
@@ -228,8 +261,8 @@ pub struct Thread {
     pub queued: AtomicU32,
     /// What it restarts with restart_syscall(2) is a sleep that began at home.
     pub sleeps_at_home: AtomicBool,
-    /// A relative sleep in progress: number, start.
-    pub sleep: Mutex<Option<(u32, Instant)>>,
+    /// The wait with a relative timeout that it began last.
+    pub sleep: Mutex<Option<Wait>>,
     /// Calls forwarded.
     pub forwarded: AtomicU64,
 }

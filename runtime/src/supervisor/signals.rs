@@ -5,14 +5,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use linklayer::image::SigInfo;
 use linklayer::memory::GuestMemory;
 use linklayer::wire::{self, Kind};
 use shim::ptrace::Stopped;
 
-use super::guest::{Guest, InCall, SignalStatus, Thread};
+use super::guest::{Guest, InCall, SignalStatus, Thread, Wait};
 use super::tracer::{Hold, RESTARTNOHAND, Tracer};
 
 /// The first token: no program's own values of sigqueue(3) look like it.
@@ -244,8 +243,14 @@ impl Tracer {
         let Some(traced) = self.threads.get_mut(&outer) else {
             return Ok(());
         };
-        traced.waits = Some(stopped.regs()?.rsi);
-        *traced.thread.sleep.lock() = Some((libc::SYS_rt_sigtimedwait as u32, Instant::now()));
+        let regs = stopped.regs()?;
+        traced.waits = Some(regs.rsi);
+        let wait = Wait::begin(
+            libc::SYS_rt_sigtimedwait as u32,
+            &regs.call_args(),
+            &traced.thread.guest.memory,
+        );
+        *traced.thread.sleep.lock() = Some(wait);
         Ok(stopped.syscall(0)?)
     }
 

@@ -1,7 +1,6 @@
 //! Calls that need both sides, or special care.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use linklayer::image::SigInfo;
 use linklayer::memory::GuestMemory;
@@ -10,6 +9,7 @@ use linklayer::syscall::{self, GatherError, HomeReason, Row, SplitKind};
 use linklayer::wire::{self, Kind};
 
 use super::calls::{Call, Outcome};
+use super::guest::Wait;
 use super::shared::Command;
 
 /// Handles the call; the error is an outcome too.
@@ -26,7 +26,7 @@ pub(super) fn split(call: &Call, row: &'static Row, kind: SplitKind) -> Result<O
         SplitKind::SignalSend => signal_send(call, row),
         SplitKind::SigAction => sigaction(call),
         SplitKind::Sleep => {
-            *call.thread.sleep.lock() = Some((call.nr, Instant::now()));
+            *call.thread.sleep.lock() = Some(Wait::begin(call.nr, &call.args, memory(call)));
             Ok(Outcome::Continue)
         }
         SplitKind::Restart => restart(call, row),
