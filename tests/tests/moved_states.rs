@@ -9,10 +9,10 @@ use tests::or_skip;
 use tests::running::Running;
 
 /// Starts a guest that tells its pid and then answers lines, and moves it about.
-fn moved(name: &str, ways: &[&str], pause: Duration) -> Running {
+fn moved(name: &str, how: How, ways: &[&str], pause: Duration) -> Running {
     let lab = Lab::shared().expect("the caller has it");
     let program = guest(name, Link::Dynamic).expect("the caller has it");
-    let mut job = Running::start(&lab, How::Home, [program]);
+    let mut job = Running::start(&lab, how, [program]);
     let pid = job.number().to_string();
     for (round, to) in ways.iter().enumerate() {
         let next = Instant::now() + pause;
@@ -36,10 +36,14 @@ fn moved(name: &str, ways: &[&str], pause: Duration) -> Running {
 fn waits_keep_their_deadlines() {
     let _lab = or_skip!(Lab::shared());
     or_skip!(guest("sleepers", Link::Dynamic));
-    let ways = ["2", "home", "3", "home", "2"];
-    let mut job = moved("sleepers", &ways, Duration::from_millis(700));
-    assert_eq!(job.line(), "slept");
-    assert_eq!(job.wait(), End::Code(0));
+    for (how, ways) in [
+        (How::Home, ["2", "home", "3", "home", "2"]),
+        (How::Away(2), ["3", "2", "home", "2", "home"]),
+    ] {
+        let mut job = moved("sleepers", how, &ways, Duration::from_millis(700));
+        assert_eq!(job.line(), "slept", "begun {how:?}");
+        assert_eq!(job.wait(), End::Code(0));
+    }
 }
 
 #[test]
@@ -47,6 +51,6 @@ fn a_process_without_its_first_thread() {
     let _lab = or_skip!(Lab::shared());
     or_skip!(guest("headless", Link::Dynamic));
     let ways = ["2", "home", "3", "2", "home", "3"];
-    let mut job = moved("headless", &ways, Duration::ZERO);
+    let mut job = moved("headless", How::Home, &ways, Duration::ZERO);
     assert_eq!(job.wait(), End::Code(7));
 }
