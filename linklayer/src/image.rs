@@ -418,6 +418,26 @@ pub struct ThreadImage {
     pub sleep: Option<Sleep>,
 }
 
+impl ThreadImage {
+    /// The registers with which it goes on where it is built, in a stop before the kernel looks for signals. A call that was
+    /// interrupted is left to that kernel, which makes it again, or ends it if a signal's handler runs first (signal(7);
+    /// arch/x86/kernel/signal.c, handle_signal). A signal that came while the thread stood still does to its call what it does natively.
+    pub fn resumed(&self) -> Regs {
+        let code = match self.rewound.map(|rewound| rewound.code) {
+            Some(code @ (-514..=-512)) => code,
+            // The restart block stayed behind; both end with EINTR when a handler runs.
+            Some(-516) => -514,
+            _ => return self.regs,
+        };
+        Regs {
+            rip: self.regs.rip.wrapping_add(2),
+            orig_rax: self.regs.rax,
+            rax: i64::from(code) as u64,
+            ..self.regs
+        }
+    }
+}
+
 /// A relative sleep that a thread makes again when it goes on. Its length is to be set to what is left then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct Sleep {
@@ -639,6 +659,24 @@ mod tests {
             bincode::decode_from_slice(&bytes, bincode::config::standard()).unwrap();
         assert_eq!(used, bytes.len());
         assert_eq!(back, image);
+    }
+
+    #[test]
+    fn an_interrupted_call_is_the_kernels_to_restart() {
+        let mut image = thread(7);
+        image.regs.rip = 0x1000;
+        image.regs.orig_rax = u64::MAX;
+        image.regs.set_call(128, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(image.resumed(), image.regs);
+        for (code, resumed) in [(-512, -512), (-513, -513), (-514, -514), (-516, -514)] {
+            image.rewound = Some(Rewound { nr: 35, code });
+            let regs = image.resumed();
+            assert_eq!((regs.rip, regs.orig_rax, regs.rax as i64), (0x1002, 128, resumed));
+            assert_eq!(regs.call_args(), [1, 2, 3, 4, 5, 6]);
+        }
+        // What a peer makes up is no result of a call.
+        image.rewound = Some(Rewound { nr: 35, code: -515 });
+        assert_eq!(image.resumed(), image.regs);
     }
 
     #[test]

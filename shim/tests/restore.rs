@@ -171,12 +171,82 @@ fn a_process_with_threads_goes_on_elsewhere() {
     let pending = threads[2].pending(ptrace::PendingQueue::Thread).unwrap();
     assert_eq!((pending[0].signo(), pending[0].pid()), (libc::SIGTERM, 77));
     for (thread, image) in threads.iter().zip(&captured.image.threads) {
-        assert_eq!(thread.regs().unwrap(), image.regs);
+        assert_eq!(thread.regs().unwrap(), image.resumed());
         assert_eq!(thread.rseq().unwrap(), image.rseq);
     }
     go(threads);
     let status = run_to_end(outer);
     assert!(matches!(status, Status::Exited(42)), "{status:?}");
+    assert!(cage.teardown(Duration::from_secs(2)));
+}
+
+const WAITS: &str = r#"
+    #define _GNU_SOURCE
+    #include <errno.h>
+    #include <poll.h>
+    #include <signal.h>
+    #include <stdio.h>
+    #include <string.h>
+    #include <time.h>
+    #include <unistd.h>
+    static volatile int handled;
+    static void on_signal(int signal) { handled++; }
+    int main(int argc, char **argv) {
+        int pipes[2];
+        char byte;
+        pipe(pipes);
+        struct sigaction action = {.sa_handler = on_signal};
+        sigaction(SIGUSR1, &action, 0);
+        sigset_t set;
+        sigemptyset(&set);
+        sigaddset(&set, SIGUSR2);
+        sigprocmask(SIG_BLOCK, &set, 0);
+        puts("ready");
+        fflush(stdout);
+        long result = -2;
+        if (!strcmp(argv[1], "sigwaitinfo")) result = sigwaitinfo(&set, 0);
+        if (!strcmp(argv[1], "nanosleep")) result = nanosleep(&(struct timespec) {1000, 0}, 0);
+        if (!strcmp(argv[1], "poll")) result = poll(0, 0, -1);
+        if (!strcmp(argv[1], "read")) result = read(pipes[0], &byte, 1);
+        return result == -1 && errno == EINTR && handled == 1 ? 42 : 10 + handled;
+    }"#;
+
+/// A signal that came while a thread stood still does to its call what it does natively.
+#[test]
+fn a_signal_ends_the_call_of_a_thread_that_is_built() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "waits", WAITS, &[]);
+    let cage = cage();
+    for call in ["sigwaitinfo", "nanosleep", "poll", "read"] {
+        let (mut guest, stopped) = Guest::start(&program, &[call]);
+        stopped.cont(0).unwrap();
+        assert_eq!(guest.line(), "ready");
+        let mut captured = loop {
+            let mut threads = stop_all(guest.pid);
+            let mut captured = capture(guest.pid, &mut threads);
+            if captured.image.threads[0].rewound.is_some() {
+                break captured;
+            }
+            // As a tracer has it that knows such calls.
+            let regs = threads[0].regs().unwrap();
+            if (regs.orig_rax as i64, regs.rax as i64) == (libc::SYS_rt_sigtimedwait, -4) {
+                let thread = &mut captured.image.threads[0];
+                thread.regs.rip -= 2;
+                thread.regs.rax = regs.orig_rax;
+                thread.rewound = Some(linklayer::image::Rewound { nr: 128, code: -514 });
+                break captured;
+            }
+            // Not in its call yet.
+            go(threads);
+        };
+        end(guest.pid);
+        captured.image.pending = vec![linklayer::image::SigInfo::user(libc::SIGUSR1, 0, 77, 88)];
+        let built = build(&cage, &captured);
+        let outer = built.pid();
+        go(vec![built.finish().unwrap()]);
+        let status = run_to_end(outer);
+        assert!(matches!(status, Status::Exited(42)), "{call}: {status:?}");
+    }
     assert!(cage.teardown(Duration::from_secs(2)));
 }
 

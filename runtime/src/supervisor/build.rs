@@ -170,6 +170,9 @@ impl Tracer {
             let at_home =
                 state.is_some_and(|t| t.rewound.is_some() && t.regs.rax == libc::SYS_restart_syscall as u64);
             thread.sleeps_at_home.store(at_home, Ordering::Release);
+            // Its restart code is none of this kernel's.
+            let interrupted = state.is_some_and(|t| t.rewound.is_some());
+            thread.answered.store(interrupted, Ordering::Release);
             self.shared.threads.write().insert(outer, thread.clone());
             self.threads.insert(outer, Traced::new(thread));
         }

@@ -18,7 +18,7 @@ use super::departure::{self, Departure, Failure};
 use super::faults::{self, Point};
 use super::guest::Guest;
 use super::shared::{Command, Shared};
-use super::tracer::{Hold, Tracer};
+use super::tracer::{Hold, RESTARTNOINTR, Tracer};
 use super::transfer::{self, Member};
 
 impl Tracer {
@@ -245,6 +245,11 @@ impl Tracer {
         for thread in &mut image.threads {
             self.true_pending(thread.tid, &mut thread.pending);
             if let Some(own) = self.threads.get(&thread.tid) {
+                if let Some(rewound) = &mut thread.rewound
+                    && super::tracer::not_begun(&own.thread, rewound.nr, i64::from(rewound.code))
+                {
+                    rewound.code = RESTARTNOINTR as i32;
+                }
                 super::deadline::keep(&own.thread, own.waiting, thread, ahead.monotonic_ns);
             }
             thread.tid = ids.get(&thread.tid).copied().unwrap_or(thread.tid);

@@ -55,19 +55,18 @@ fn timer(info: &SigInfo) -> Option<(i32, i32)> {
     (info.code() == libc::SI_TIMER).then(|| (word(16), word(20)))
 }
 
-/// Whether a thread waits for this signal in rt_sigtimedwait(2), which takes it out of the mask meanwhile.
-fn waits_for(thread: &Thread, sig: i32) -> bool {
-    let text = std::fs::read_to_string(format!("/proc/{}/syscall", thread.outer)).unwrap_or_default();
-    let mut words = text.split_whitespace();
-    if words.next().and_then(|w| w.parse().ok()) != Some(libc::SYS_rt_sigtimedwait) {
-        return false;
+/// What a thread waits for in rt_sigtimedwait(2), which takes it out of the mask meanwhile.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SignalWait {
+    set: u64,
+    /// Where the siginfo goes, or 0.
+    info_at: u64,
+}
+
+impl SignalWait {
+    fn is_for(&self, signal: i32) -> bool {
+        self.set >> (signal - 1) & 1 == 1
     }
-    let address = words
-        .next()
-        .and_then(|w| u64::from_str_radix(w.trim_start_matches("0x"), 16).ok());
-    address
-        .and_then(|at| thread.guest.memory.read_u64(at).ok())
-        .is_some_and(|set| set >> (sig - 1) & 1 == 1)
 }
 
 fn same_timer(a: &SigInfo, b: &SigInfo) -> bool {
@@ -102,8 +101,13 @@ impl Tracer {
         } else {
             self.taker(&guest, sig)
         };
-        // Blocked everywhere: it stays pending for the process until somebody unblocks or waits for it; what is to be
-        // known of it is kept with the leader.
+        let waits = |t: &Arc<Thread>| {
+            let traced = self.threads.get(&t.outer);
+            traced.is_some_and(|t| t.waits.is_some_and(|w| w.is_for(sig)))
+        };
+        // Blocked everywhere, or waited for: it is pending for the process until somebody takes it; who waits may be stopped without
+        // it. What is to be known of it is kept with the leader.
+        let target = target.filter(|t| signal.tid != 0 || !waits(t));
         let keeper = target.as_ref().map_or(guest.outer, |t| t.outer);
         let status = SignalStatus::read(keeper).unwrap_or_default();
         if let Some(thread) = &target
@@ -111,7 +115,7 @@ impl Tracer {
             && !(sig == libc::SIGCONT && status.pends(&STOPS))
             && thread.deliverable(None) >> (sig - 1) & 1 == 0
             && !thread.blocks(sig)
-            && !waits_for(thread, sig)
+            && !waits(thread)
         {
             return Ok(());
         }
@@ -244,7 +248,11 @@ impl Tracer {
             return Ok(());
         };
         let regs = stopped.regs()?;
-        traced.waits = Some(regs.rsi);
+        let set = traced.thread.guest.memory.read_u64(regs.rdi).unwrap_or(0);
+        traced.waits = Some(SignalWait {
+            set,
+            info_at: regs.rsi,
+        });
         let wait = Wait::begin(
             libc::SYS_rt_sigtimedwait as u32,
             &regs.call_args(),
@@ -260,7 +268,10 @@ impl Tracer {
         let Some(traced) = self.threads.get_mut(&outer) else {
             return Ok(());
         };
-        let (thread, at) = (traced.thread.clone(), traced.waits.take().unwrap_or(0));
+        let (thread, at) = (
+            traced.thread.clone(),
+            traced.waits.take().map_or(0, |w| w.info_at),
+        );
         let memory = &thread.guest.memory;
         let sig = regs.rax as i32;
         let mut bytes = [0; 128];

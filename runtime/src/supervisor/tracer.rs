@@ -21,7 +21,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use shim::cage::Cage;
 use shim::ptrace::{self, Status, Stop, Stopped, Target};
 
-use super::guest::{Guest, InCall, Thread};
+use super::guest::{Guest, InCall, SignalStatus, Thread};
 use super::quiet::Quiet;
 use super::shared::{Command, Shared};
 
@@ -90,8 +90,8 @@ pub(super) struct Traced {
     /// It is kept stopped.
     pub(super) held: Option<Stopped>,
     pub(super) cloning: Option<super::clone::Cloning>,
-    /// It waits in rt_sigtimedwait(2), whose siginfo goes there.
-    pub(super) waits: Option<u64>,
+    /// It waits in rt_sigtimedwait(2).
+    pub(super) waits: Option<super::signals::SignalWait>,
     /// The wait of this kernel's that it was last seen in, which is restarted under another number.
     pub(super) waiting: Option<u32>,
     /// It waits in vfork for this child; stopped just after its call.
@@ -313,12 +313,9 @@ impl Tracer {
                 if let Some(original) = traced.suspended.take() {
                     // The handler must see the registers of the call it interrupts.
                     stopped.set_regs(&original)?;
-                } else if regs.orig_rax as i64 >= 0
-                    && regs.rax as i64 == RESTARTSYS
-                    && notified(regs.orig_rax)
-                    && !traced.thread.answered.load(Ordering::Acquire)
+                } else if u32::try_from(regs.orig_rax)
+                    .is_ok_and(|nr| not_begun(&traced.thread, nr, regs.rax as i64))
                 {
-                    // A notification that was withdrawn before anybody received it: natively the call had not begun.
                     regs.rax = RESTARTNOINTR as u64;
                     stopped.set_regs(&regs)?;
                 }
@@ -391,6 +388,13 @@ impl Tracer {
             Some(After::Go) | None => {}
         }
         let pid = traced.thread.guest.pid;
+        if self.holds.get(&pid).is_some_and(Hold::captures)
+            && let Some(mut original) = traced.suspended.take()
+        {
+            // It stands still before the handler: what it makes again is its own call.
+            original.rax = interrupted_for_capture(original.rax as i64, false) as u64;
+            stopped.set_regs(&original)?;
+        }
         traced.note_wait(&stopped.regs()?);
         if self.holds.contains_key(&pid) {
             traced.held = Some(stopped);
@@ -420,14 +424,17 @@ impl Tracer {
             guest.listener.send_result(notification, ret)?;
             return Ok(());
         }
-        if capturing {
-            // The call is made again at home.
-            guest.listener.send_result(notification, RESTARTNOINTR)?;
-            return Ok(());
-        }
         traced.thread.answered.store(true, Ordering::Release);
         // Without the interrupt the kernel would hand the raw code to user code.
         ptrace::interrupt(outer)?;
+        if capturing {
+            // The call is made again elsewhere, unless the handler of a signal that comes meanwhile runs first.
+            let masks_more = mask
+                .is_some_and(|(mask, _)| mask & !SignalStatus::read(outer).unwrap_or_default().blocked != 0);
+            let code = interrupted_for_capture(ret, masks_more);
+            guest.listener.send_result(notification, code)?;
+            return Ok(());
+        }
         // A call that was interrupted before it began is made again, and ends then: natively it looks before it is interrupted.
         let begun = ret != RESTARTNOINTR;
         let suspend = mask.filter(|(mask, _)| begun && traced.thread.deliverable(Some(*mask)) != 0);
@@ -604,6 +611,24 @@ fn make_again(thread: &Thread) {
     }
 }
 
+/// The code with which a call ends that home interrupted so that its thread can be captured. `masks_more`: it has a mask of its own
+/// that blocks more than the thread does, which does not hold before it is made again.
+fn interrupted_for_capture(ret: i64, masks_more: bool) -> i64 {
+    match ret {
+        _ if masks_more => RESTARTNOINTR,
+        // Where it goes there is no restart block, and here it would be another's.
+        RESTART_BLOCK => RESTARTNOHAND,
+        ret if ret == -i64::from(libc::EINTR) => RESTARTNOHAND,
+        ret => ret,
+    }
+}
+
+/// Whether a thread's call ended with this code as a notification that was withdrawn before anybody received it: natively the call
+/// had not begun.
+pub(super) fn not_begun(thread: &Thread, nr: u32, code: i64) -> bool {
+    code == RESTARTSYS && shim::filter::is_notified(nr) && !thread.answered.load(Ordering::Acquire)
+}
+
 fn gone(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<ptrace::PtraceError>()
@@ -613,7 +638,27 @@ fn gone(error: &anyhow::Error) -> bool {
             .is_some_and(|e| *e == nix::errno::Errno::ESRCH)
 }
 
-/// Whether calls with this number reach a listener.
-fn notified(nr: u64) -> bool {
-    u32::try_from(nr).ok().is_some_and(shim::filter::is_notified)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_capture_leaves_it_to_the_handler_what_becomes_of_a_call() {
+        let eintr = -i64::from(libc::EINTR);
+        let codes = [RESTARTSYS, RESTARTNOINTR, RESTARTNOHAND, RESTART_BLOCK, eintr];
+        let plain = codes.map(|code| interrupted_for_capture(code, false));
+        let kept = [
+            RESTARTSYS,
+            RESTARTNOINTR,
+            RESTARTNOHAND,
+            RESTARTNOHAND,
+            RESTARTNOHAND,
+        ];
+        assert_eq!(plain, kept);
+        assert!(
+            codes
+                .iter()
+                .all(|code| interrupted_for_capture(*code, true) == RESTARTNOINTR)
+        );
+    }
 }

@@ -359,10 +359,13 @@ fn before_calls(token: &Stopped) -> Result<ThreadImage, CaptureError> {
     }
     let mut rewound = None;
     let code = regs.rax as i64;
+    let sigmask = token.sigmask()?;
     if regs.orig_rax as i64 >= 0 && [-512, -513, -514, -516].contains(&code) {
+        let masks_more = code == -514 && blocked(tid)? & !sigmask != 0;
         rewound = Some(Rewound {
             nr: regs.orig_rax as u32,
-            code: code as i32,
+            // A mask of its own (ppoll(2) and its kind) that kept signals off it would not be in effect before it is made again.
+            code: if masks_more { -513 } else { code as i32 },
         });
         regs.rax = regs.orig_rax;
         regs.rip -= 2;
@@ -374,7 +377,7 @@ fn before_calls(token: &Stopped) -> Result<ThreadImage, CaptureError> {
         comm: comm.strip_suffix(b"\n").unwrap_or(&comm).to_vec(),
         regs,
         xstate: token.xstate()?,
-        sigmask: token.sigmask()?,
+        sigmask,
         altstack: AltStack::default(),
         robust_list: robust_list(tid),
         clear_child_tid: 0,
@@ -383,6 +386,15 @@ fn before_calls(token: &Stopped) -> Result<ThreadImage, CaptureError> {
         rewound,
         sleep: None,
     })
+}
+
+/// The signals that a thread blocks at this moment, which may be by the mask of the call that it is in.
+fn blocked(tid: i32) -> io::Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status"))?;
+    let set = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+    Ok(set
+        .and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
+        .unwrap_or(0))
 }
 
 /// Asks a thread what only it can say; the first one also what concerns the whole process, after the place for the calls was made.

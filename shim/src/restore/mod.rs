@@ -209,7 +209,7 @@ impl Rebuilt {
         let mut stopped = Vec::new();
         for (mut calls, thread) in all.into_iter().zip(&self.threads) {
             set_xstate(calls.stopped(), thread, &self.xstate_layout)?;
-            stopped.push(calls.end_with(&thread.regs, thread.sigmask)?);
+            stopped.push(calls.end_with(&thread.resumed(), thread.sigmask)?);
         }
         Ok(stopped)
     }

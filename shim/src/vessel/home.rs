@@ -211,7 +211,7 @@ impl Homebound<'_> {
                 calls.call("munmap", libc::SYS_munmap, arena)?;
             }
             set_xstate(calls.stopped(), thread, &self.image.xstate_layout)?;
-            running.push(calls.end_with(&thread.regs, thread.sigmask)?);
+            running.push(calls.end_with(&thread.resumed(), thread.sigmask)?);
         }
         Ok(running)
     }
