@@ -10,6 +10,7 @@ use linklayer::pages::Writer;
 use linklayer::quic::Link;
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, FileRef, Kind, MoveReport, Phase};
+use shim::process::resident_bytes;
 use shim::ptrace::Stopped;
 use shim::track::Tracker;
 use shim::vessel::Vessel;
@@ -211,7 +212,9 @@ impl Home {
                 return release(threads);
             }
         };
-        match self.empty(pid, threads, rest.is_some()) {
+        // To drop much memory takes its time, which the guest does not have to wait for.
+        let large = resident_bytes(pid) > wire::LARGE_BYTES;
+        match self.empty(pid, threads, large || rest.is_some()) {
             Ok((vessel, pending)) => {
                 let how = if departure.is_some() {
                     "asked"
@@ -222,14 +225,19 @@ impl Home {
                 self.publish(pid);
                 tracing::info!(pid, node, "runs there");
                 send(&link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));
-                drop(tracker);
                 report.times.resume_us = begun.elapsed().as_micros() as u64;
+                let dropped = if large && rest.is_none() {
+                    self.drop_now(pid)
+                } else {
+                    Ok(())
+                };
+                drop(tracker);
                 if let Some(rest) = rest {
                     self.push(pid, rest, departure, report);
                 } else if let Some(wish) = departure {
                     wish.fulfil(report);
                 }
-                Ok(())
+                dropped
             }
             Err((whole, e)) => {
                 // Before the commit: the source goes on.

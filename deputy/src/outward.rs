@@ -406,7 +406,7 @@ fn make_ready(shared: &Arc<Shared>, pid: i32, node: u32, mode: wire::Mode) -> Re
         ));
     }
     if ready.road.has_link() {
-        announce_files(shared, pid, &ready.road);
+        announce(shared, pid, &ready.road, wanted || !lazy);
         ready.road.learn_known(pid, &mut ready.writer);
     }
     if wanted && let Err(why) = precopy(shared, pid, &mut ready, mode) {
@@ -419,8 +419,8 @@ fn make_ready(shared: &Arc<Shared>, pid: i32, node: u32, mode: wire::Mode) -> Re
     Ok(ready)
 }
 
-/// Tells the node which files the process maps, and waits until they are there.
-fn announce_files(shared: &Arc<Shared>, pid: i32, road: &Road) {
+/// Tells the node which files the process maps and, with `memory`, which memory it has, and waits until that is there.
+fn announce(shared: &Arc<Shared>, pid: i32, road: &Road, memory: bool) {
     let mut namer = Namer::new(shared, pid);
     for line in shim::capture::map_lines(pid, false).unwrap_or_default() {
         if line.ino != 0 && !line.shared {
@@ -428,9 +428,14 @@ fn announce_files(shared: &Arc<Shared>, pid: i32, road: &Road) {
             let _ = namer.name(line.range.start, line.range.end, line.dev, line.ino, &line.path);
         }
     }
-    let body = wire::encode(&wire::Prefetch { files: namer.files() });
+    let areas = memory.then(|| shim::capture::private_memory(pid));
+    let body = wire::encode(&wire::Prefetch {
+        files: namer.files(),
+        areas: areas.unwrap_or_default(),
+        hostname: crate::road::hostname(),
+    });
     if let Err(e) = road.link().ask(pid, Kind::Prefetch, &body) {
-        tracing::debug!(pid, error = %e, "files not announced");
+        tracing::debug!(pid, error = %e, "not announced");
     }
 }
 

@@ -59,6 +59,27 @@ impl Home {
         Ok(())
     }
 
+    /// Has a vessel drop its pages, before anything else is done about it: a child that it forks would have them.
+    pub(crate) fn drop_now(&mut self, pid: i32) -> anyhow::Result<()> {
+        let (done, _nobody_waits) = crossbeam_channel::bounded(0);
+        let away = self.processes.get_mut(&pid).and_then(|p| p.away());
+        away.context("vessel")?.emptying = Some(done);
+        loop {
+            let away = self.processes.get_mut(&pid).and_then(|p| p.away());
+            let Some(away) = away.filter(|away| away.emptying.is_some()) else {
+                return Ok(());
+            };
+            // A signal that arrives takes the place of the stop that is asked for.
+            let catcher = away.vessel.catcher();
+            match ptrace::interrupt(catcher).and_then(|()| ptrace::wait_stop(catcher)) {
+                Ok(stopped) => self.vessel_stop(pid, catcher, stopped)?,
+                // It was killed, as will be reported.
+                Err(e) if e.is_gone() => return Ok(()),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
     /// The catcher of a vessel has stopped: it drops the pages if it is to.
     pub(crate) fn drop_if_asked(&mut self, pid: i32, tid: i32, stopped: Stopped) -> anyhow::Result<Stopped> {
         if self.tasks.get(&tid).is_none_or(|task| task.role != Role::Catcher) {

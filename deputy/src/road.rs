@@ -43,6 +43,12 @@ pub struct Description {
     pub files: Vec<FileRef>,
 }
 
+/// This machine's host name.
+pub fn hostname() -> Vec<u8> {
+    let name = nix::unistd::gethostname();
+    name.map(|name| name.into_encoded_bytes()).unwrap_or_default()
+}
+
 /// Has a supervisor wait for a process on a link of its own.
 pub fn listen(contact: &Link, pid: i32) -> anyhow::Result<Waiting> {
     let key = OneTimeKey::generate()?;
@@ -136,13 +142,10 @@ impl Description {
 
     /// As it is told to the node.
     pub fn into_launch(self) -> Launch {
-        let hostname = nix::unistd::gethostname()
-            .map(|h| h.into_encoded_bytes())
-            .unwrap_or_default();
         Launch {
             image: self.image,
             files: self.files,
-            hostname,
+            hostname: hostname(),
             overruns: Vec::new(),
         }
     }

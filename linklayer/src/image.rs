@@ -534,7 +534,6 @@ pub struct ProcessImage {
 impl ProcessImage {
     /// Checks an image that came from elsewhere. See the module's text for what holds afterwards.
     pub fn validate(&self) -> Result<(), ImageError> {
-        bound("areas", self.areas.len(), MAX_AREAS)?;
         bound("auxv", self.auxv.len(), MAX_AUXV)?;
         bound("threads", self.threads.len(), MAX_THREADS)?;
         bound("actions", self.actions.len(), SIGNALS)?;
@@ -542,31 +541,7 @@ impl ProcessImage {
         bound("rlimits", self.rlimits.len(), 32)?;
         bound("xstate_layout", self.xstate_layout.len(), 64)?;
         bound("vdso", self.vdso.len(), MAX_VDSO)?;
-        let mut last_end = 0;
-        for area in &self.areas {
-            let (start, end) = (area.start, area.end);
-            let aligned = start % PAGE == 0 && end % PAGE == 0 && start < end && end <= USER_END;
-            let known = area.prot.0 <= 7 && area.flags.0 & !AreaFlags::ALL == 0;
-            let offset_ok = match area.kind {
-                AreaKind::File { offset, .. } | AreaKind::SharedAnon { offset, .. } => {
-                    offset % PAGE == 0
-                        && offset
-                            .checked_add(end.wrapping_sub(start))
-                            .is_some_and(|e| e <= i64::MAX as u64)
-                }
-                _ => true,
-            };
-            if !aligned || !known || !offset_ok {
-                return Err(ImageError::Area { start, end });
-            }
-            if start < last_end {
-                return Err(ImageError::Overlap { start, end });
-            }
-            if start < RESERVED.end && end > RESERVED.start {
-                return Err(ImageError::Reserved { start, end });
-            }
-            last_end = end;
-        }
+        validate_areas(&self.areas)?;
         let mut tids = std::collections::HashSet::with_capacity(self.threads.len());
         for thread in &self.threads {
             bound("xstate", thread.xstate.len(), MAX_XSTATE)?;
@@ -592,6 +567,40 @@ impl ProcessImage {
     pub fn reached_by(&self) -> i32 {
         self.threads.first().map_or(self.pid, |t| t.tid)
     }
+}
+
+/// Checks areas that came from elsewhere: what [`ProcessImage::validate`] says about those of an image.
+///
+/// # Errors
+/// What is wrong with them.
+pub fn validate_areas(areas: &[Area]) -> Result<(), ImageError> {
+    bound("areas", areas.len(), MAX_AREAS)?;
+    let mut last_end = 0;
+    for area in areas {
+        let (start, end) = (area.start, area.end);
+        let aligned = start % PAGE == 0 && end % PAGE == 0 && start < end && end <= USER_END;
+        let known = area.prot.0 <= 7 && area.flags.0 & !AreaFlags::ALL == 0;
+        let offset_ok = match area.kind {
+            AreaKind::File { offset, .. } | AreaKind::SharedAnon { offset, .. } => {
+                offset % PAGE == 0
+                    && offset
+                        .checked_add(end.wrapping_sub(start))
+                        .is_some_and(|e| e <= i64::MAX as u64)
+            }
+            _ => true,
+        };
+        if !aligned || !known || !offset_ok {
+            return Err(ImageError::Area { start, end });
+        }
+        if start < last_end {
+            return Err(ImageError::Overlap { start, end });
+        }
+        if start < RESERVED.end && end > RESERVED.start {
+            return Err(ImageError::Reserved { start, end });
+        }
+        last_end = end;
+    }
+    Ok(())
 }
 
 fn bound(what: &'static str, len: usize, max: usize) -> Result<(), ImageError> {

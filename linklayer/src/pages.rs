@@ -5,6 +5,7 @@
 //! pages that the receiver has (see [`known`]).
 
 pub mod known;
+mod landed;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,6 +17,7 @@ use thiserror::Error;
 use crate::image::{PAGE, USER_END};
 use crate::wire::{Kind, PageCounts};
 use known::{Finder, Known, Source};
+pub use landed::{Landed, Place};
 
 /// Most bytes of memory in one frame.
 pub const CHUNK_BYTES: usize = 256 << 10;
@@ -33,6 +35,9 @@ pub enum PagesError {
     /// More than a process may bring.
     #[error("more pages than a process may bring")]
     TooMany,
+    /// They cannot be put into the process that is being built.
+    #[error("the process that is being built takes no pages")]
+    Gone,
 }
 
 /// Some memory as it came.
@@ -221,11 +226,14 @@ fn total_bytes(meminfo: &str) -> Option<usize> {
         .checked_mul(1024)
 }
 
-/// Pages of a process that is not built yet. What comes later replaces what came before.
+/// Pages of a process that is not built yet. What comes later replaces what came before. What has a [`Place`] already is put there
+/// as it comes, and the rest is kept.
 #[derive(Default)]
 pub struct Kept {
     blocks: BTreeMap<u64, Block>,
     bytes: usize,
+    place: Option<Box<dyn Place>>,
+    landed: Landed,
     /// Pages that came as hashes and were not there.
     missing: BTreeSet<u64>,
 }
@@ -242,6 +250,26 @@ impl Kept {
     /// Bytes that are kept.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// From now on pages are put there as they come. To be said before the first one has come.
+    pub fn put_into(&mut self, place: Box<dyn Place>) {
+        self.place = Some(place);
+    }
+
+    /// Which pages were put into the place.
+    pub fn landed(&self) -> &Landed {
+        &self.landed
+    }
+
+    /// Nothing is put into the place any more, which may be gone.
+    pub fn leave_place(&mut self) {
+        self.place = None;
+    }
+
+    /// Bytes that are kept, have been put, or are still to come for a hash.
+    fn all_bytes(&self) -> usize {
+        self.bytes + self.landed.bytes() + self.missing.len() * PAGE as usize
     }
 
     /// Takes up a frame of pages, of which at most `limit` bytes may be there. What comes as a hash is had from `source`.
@@ -282,7 +310,7 @@ impl Kept {
             }
         }
         self.missing.insert(address);
-        if self.bytes + self.missing.len() * PAGE as usize > limit {
+        if self.all_bytes() > limit {
             return Err(PagesError::TooMany);
         }
         Ok(())
@@ -302,7 +330,7 @@ impl Kept {
         runs
     }
 
-    /// Keeps whole pages, of which at most `limit` bytes may be there.
+    /// Takes whole pages, of which at most `limit` bytes may be there.
     ///
     /// # Errors
     /// [`PagesError`].
@@ -310,26 +338,46 @@ impl Kept {
         if !piece.address.is_multiple_of(PAGE) || !(piece.data.len() as u64).is_multiple_of(PAGE) {
             return Err(PagesError::Malformed);
         }
-        let mut at = piece.address;
-        for page in piece.data.chunks_exact(PAGE as usize) {
-            let block = self.blocks.entry(at / BLOCK).or_insert_with(|| Block {
-                data: vec![0; BLOCK as usize],
-                pages: 0,
-            });
-            let number = (at % BLOCK) / PAGE;
-            if block.pages >> number & 1 == 0 {
-                block.pages |= 1 << number;
-                self.bytes += PAGE as usize;
-                if self.bytes > limit {
-                    return Err(PagesError::TooMany);
+        let (mut at, mut rest) = (piece.address, &*piece.data);
+        while !rest.is_empty() {
+            let end = self.place.as_ref().and_then(|place| place.end_of(at));
+            let len = end.map_or(PAGE, |end| (end - at).min(rest.len() as u64));
+            let (data, after) = rest.split_at(len as usize);
+            match &self.place {
+                Some(place) if end.is_some() => {
+                    self.landed.add(at..at + len);
+                    if self.all_bytes() > limit {
+                        return Err(PagesError::TooMany);
+                    }
+                    place.put(at, data).map_err(|_| PagesError::Gone)?;
+                }
+                _ => self.keep(at, data, limit)?,
+            }
+            if !self.missing.is_empty() {
+                for page in (at..at + len).step_by(PAGE as usize) {
+                    self.missing.remove(&page);
                 }
             }
-            let start = (at % BLOCK) as usize;
-            block.data[start..start + PAGE as usize].copy_from_slice(page);
-            if !self.missing.is_empty() {
-                self.missing.remove(&at);
+            (at, rest) = (at + len, after);
+        }
+        Ok(())
+    }
+
+    /// Keeps a page.
+    fn keep(&mut self, at: u64, page: &[u8], limit: usize) -> Result<(), PagesError> {
+        let block = self.blocks.entry(at / BLOCK).or_insert_with(|| Block {
+            data: vec![0; BLOCK as usize],
+            pages: 0,
+        });
+        let number = (at % BLOCK) / PAGE;
+        let start = (at % BLOCK) as usize;
+        block.data[start..start + PAGE as usize].copy_from_slice(page);
+        if block.pages >> number & 1 == 0 {
+            block.pages |= 1 << number;
+            self.bytes += PAGE as usize;
+            if self.all_bytes() > limit {
+                return Err(PagesError::TooMany);
             }
-            at += PAGE;
         }
         Ok(())
     }
@@ -350,6 +398,7 @@ impl Kept {
             block.pages != 0
         });
         self.bytes = bytes;
+        self.landed.retain(runs);
         let within = |at: &u64| {
             let after = runs.partition_point(|(start, _)| start <= at);
             after > 0 && runs[after - 1].1 > *at
@@ -480,6 +529,64 @@ mod tests {
             Kept::default().put(&piece, PAGE as usize),
             Err(PagesError::TooMany)
         );
+    }
+
+    /// Two pieces of memory next to each other, and what was put there.
+    #[derive(Clone, Default)]
+    struct Memory(std::sync::Arc<std::sync::Mutex<BTreeMap<u64, u8>>>);
+
+    impl Place for Memory {
+        fn end_of(&self, page: u64) -> Option<u64> {
+            [0x10000..0x14000, 0x14000..0x20000]
+                .into_iter()
+                .find(|piece: &Range<u64>| piece.contains(&page))
+                .map(|piece| piece.end)
+        }
+
+        fn put(&self, address: u64, data: &[u8]) -> std::io::Result<()> {
+            let end = address + data.len() as u64;
+            assert!(self.end_of(address).is_some_and(|piece| end <= piece));
+            let mut there = self.0.lock().map_err(|_| std::io::ErrorKind::Other)?;
+            for (at, page) in (address..).step_by(PAGE as usize).zip(data.chunks(PAGE as usize)) {
+                there.insert(at, page[0]);
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_has_a_place_is_put_there_and_the_rest_is_kept() {
+        let memory = Memory::default();
+        let mut store = Kept::default();
+        store.put_into(Box::new(memory.clone()));
+        let data: Vec<u8> = (0..20).flat_map(|n| vec![n; PAGE as usize]).collect();
+        let piece = |address, pages: usize| Piece {
+            address,
+            data: data[..pages * PAGE as usize].into(),
+        };
+        store.put(&piece(0xf000, 20), LIMIT).unwrap();
+        assert_eq!((store.bytes(), store.landed().bytes()), (4 << 12, 16 << 12));
+        assert_eq!(
+            store.landed().runs(&(0..1 << 30)).first(),
+            Some(&(0x10000..0x20000))
+        );
+        assert_eq!(memory.0.lock().unwrap()[&0x1f000], 16);
+        assert_eq!(
+            content(&store).keys().copied().collect::<Vec<_>>(),
+            [0xf000, 0x20000, 0x21000, 0x22000]
+        );
+        // It is one limit for both.
+        let more = store.put(&piece(0x30000, 1), 20 << 12);
+        assert_eq!(more, Err(PagesError::TooMany));
+        // What is asked for and comes is not missing any more, wherever it goes.
+        store.lack(0x11000, LIMIT).unwrap();
+        assert_eq!(store.missing(9), [(0x11000, 0x12000)]);
+        store.put(&piece(0x11000, 1), LIMIT).unwrap();
+        assert_eq!(store.missing(9), []);
+        store.retain(&[(0x12000, 0x21000)]);
+        assert_eq!(store.landed().stale().first(), Some(&(0x10000..0x12000)));
+        assert_eq!(store.landed().bytes(), 14 << 12);
+        assert_eq!(store.bytes(), 1 << 12);
     }
 
     proptest! {

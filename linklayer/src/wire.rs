@@ -122,8 +122,8 @@ pub enum Kind {
     Coming = 53,
     /// Supervisor to deputy, on such a link: all memory has been sent (empty body); answer [`Errno`] (0: it is in the vessel).
     PagesEnd = 54,
-    /// To a supervisor, on the link of a process that is going to come: the files that it maps so far ([`Prefetch`]);
-    /// answer [`Errno`]: they are there, as far as they can be had.
+    /// To a supervisor, on the link of a process that is going to come, before its pages: the files and the memory that it has so far
+    /// ([`Prefetch`]); answer [`Errno`]: what can be made ready is.
     Prefetch = 55,
     /// To a supervisor, before [`Kind::LaunchBuild`], or to a deputy, before [`Kind::HomeCommit`]: the pages that come only when the
     /// process runs there ([`Present`]); several of these are one list.

@@ -6,15 +6,18 @@ mod surgery;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
-use linklayer::image::XstateComponent;
+use linklayer::image::{Area, AreaFlags, AreaKind, PAGE, ProcessImage, Prot, XstateComponent};
+use linklayer::pages::{CHUNK_BYTES, Kept, Piece};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shim::cage::{Cage, CageOptions};
 use shim::capture::SharedObjects;
+use shim::memory::ProcessMemory;
 use shim::ptrace::{self, Options, Status, Stopped, Target, wait, wait_stop};
-use shim::restore::{Backing, Rebuilt, rebuild};
+use shim::restore::{Backing, Rebuilt, Shell, rebuild};
 use surgery::{Captured, Guest, THREADS, capture, compile, run_to_end, stop_all};
 
 fn cage() -> Cage {
@@ -64,6 +67,32 @@ fn build_sharing(cage: &Cage, captured: &Captured, shared: Option<&File>) -> Reb
         None,
     )
     .unwrap()
+}
+
+/// A shell in the cage, and the other end of the socket by which it gets descriptors.
+fn shell(cage: &Cage, pid: i32) -> (Shell, UnixDatagram, i32) {
+    let (here, there) = UnixDatagram::pair().unwrap();
+    let blank = cage.spawn_blank(pid, &[there.as_fd()]).unwrap();
+    ptrace::seize(
+        blank.outer_pid,
+        ptrace::usual_options() | Options::PTRACE_O_EXITKILL,
+    )
+    .unwrap();
+    ptrace::interrupt(blank.outer_pid).unwrap();
+    let stopped = wait_stop(blank.outer_pid).unwrap();
+    (Shell::new(stopped).unwrap(), here, blank.fds_inside[0])
+}
+
+/// Areas, protections and names, as they can be seen.
+fn layout(pid: i32) -> Vec<String> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    text.lines()
+        .filter(|line| !line.contains("[vsyscall]"))
+        .map(|line| {
+            let mut fields = line.split_ascii_whitespace();
+            format!("{} {}", fields.next().unwrap(), fields.next().unwrap())
+        })
+        .collect()
 }
 
 fn go(threads: Vec<Stopped>) {
@@ -247,6 +276,171 @@ fn a_signal_ends_the_call_of_a_thread_that_is_built() {
         let status = run_to_end(outer);
         assert!(matches!(status, Status::Exited(42)), "{call}: {status:?}");
     }
+    assert!(cage.teardown(Duration::from_secs(2)));
+}
+
+const GROWS: &str = r#"
+    #define _GNU_SOURCE
+    #include <signal.h>
+    #include <string.h>
+    #include <sys/mman.h>
+    #include <unistd.h>
+    #define PAGE 4096L
+    static volatile sig_atomic_t stop;
+    static void on_signal(int signal) { stop = 1; }
+    static char *const base = (char *)0x200000000000;
+    static char *at(long page) { return base + page * PAGE; }
+    static void map(long first, long count, int prot) {
+        int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+        if (mmap(at(first), count * PAGE, prot, flags, -1, 0) != at(first)) _exit(2);
+    }
+    static int is(long page, char value) { return *at(page) == value && at(page)[PAGE - 1] == value; }
+    int main(void) {
+        // Read-only in the end; one that grew from two; one that lies elsewhere; a hole in one; one that was given up in part.
+        map(0, 200, PROT_READ | PROT_WRITE);
+        memset(at(0), 1, 200 * PAGE);
+        mprotect(at(0), 200 * PAGE, PROT_READ);
+        map(300, 300, PROT_READ | PROT_WRITE);
+        memset(at(300), 2, 90 * PAGE);
+        memset(at(500), 3, 100 * PAGE);
+        map(700, 20, PROT_READ | PROT_WRITE);
+        memset(at(700), 4, 20 * PAGE);
+        map(800, 10, PROT_READ | PROT_WRITE);
+        map(820, 10, PROT_READ | PROT_WRITE);
+        memset(at(800), 5, 10 * PAGE);
+        memset(at(820), 6, 10 * PAGE);
+        map(900, 10, PROT_READ | PROT_WRITE);
+        memset(at(905), 7, PAGE);
+        signal(SIGUSR1, on_signal);
+        volatile char stack[300000];
+        memset((char *)stack, 9, sizeof stack);
+        write(1, "ready\n", 6);
+        while (!stop) ;
+        if (!is(0, 1) || !is(199, 1) || !is(300, 2) || !is(500, 3) || !is(700, 4) || !is(719, 4)) return 3;
+        if (!is(800, 5) || !is(829, 6) || !is(905, 7) || !is(904, 0) || !is(906, 0) || !is(450, 0)) return 4;
+        // Only of one area the kernel moves all.
+        char *moved = mremap(at(300), 300 * PAGE, 300 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at(2000));
+        if (moved != at(2000) || !is(2000, 2) || !is(2200, 3)) return 5;
+        for (unsigned long i = 0; i < sizeof stack; i++) if (stack[i] != 9) return 6;
+        *at(300 + 1700) = 1;
+        return 42;
+    }"#;
+
+/// What the process had when its building began: its areas in the end, but for those of which the program's text says that they changed.
+fn before(image: &ProcessImage) -> Vec<Area> {
+    const BASE: u64 = 0x2000_0000_0000;
+    let anon = |first: u64, end: u64, prot: u8| Area {
+        start: BASE + first * PAGE,
+        end: BASE + end * PAGE,
+        prot: Prot(prot),
+        flags: AreaFlags(0),
+        kind: AreaKind::Anon,
+    };
+    let mut areas: Vec<Area> = image
+        .areas
+        .iter()
+        .filter(|a| a.kind == AreaKind::Anon && !(BASE..BASE + 1000 * PAGE).contains(&a.start))
+        .cloned()
+        .collect();
+    for area in &mut areas {
+        if area.flags.has(AreaFlags::GROWSDOWN) {
+            // It has grown since.
+            area.start = area.end - 3 * PAGE;
+        }
+    }
+    areas.extend([
+        anon(0, 200, 3),
+        anon(300, 400, 3),
+        anon(450, 600, 3),
+        // What is at 700 was elsewhere.
+        anon(740, 760, 3),
+        anon(800, 830, 3),
+        anon(890, 920, 1),
+    ]);
+    areas.sort_by_key(|a| a.start);
+    areas
+}
+
+#[test]
+fn pages_that_were_put_early_are_where_they_belong_in_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "grows", GROWS, &["-static"]);
+    let (mut guest, stopped) = Guest::start(&program, &[]);
+    stopped.cont(0).unwrap();
+    assert_eq!(guest.line(), "ready");
+    let captured = capture(guest.pid, &mut stop_all(guest.pid));
+    end(guest.pid);
+    let cage = cage();
+    // As it is built without any of this.
+    let plain = build(&cage, &captured);
+    let expected = layout(plain.pid());
+    let outer = plain.pid();
+    drop(plain.finish().unwrap());
+    end(outer);
+    let (mut shell, socket, inside) = shell(&cage, captured.image.pid);
+    let outer = shell.pid();
+    shell.make(&before(&captured.image)).unwrap();
+    let mut kept = Kept::default();
+    kept.put_into(Box::new(shell.room().unwrap()));
+    const LIMIT: usize = 64 << 20;
+    let mut put = |address, data: &[u8]| {
+        for (at, chunk) in (address..).step_by(CHUNK_BYTES).zip(data.chunks(CHUNK_BYTES)) {
+            let data = chunk.into();
+            kept.put(&Piece { address: at, data }, LIMIT).unwrap();
+        }
+    };
+    // What does not exist any more, and what was otherwise.
+    for area in before(&captured.image) {
+        put(area.start, &vec![0xee; area.len().min(40 * PAGE) as usize]);
+    }
+    for (address, data) in &captured.pages {
+        put(*address, data);
+    }
+    let pages = captured.pages.iter();
+    let present: Vec<_> = pages.map(|(at, data)| (*at, at + data.len() as u64)).collect();
+    kept.retain(&present);
+    assert!(kept.landed().bytes() > 350 * PAGE as usize && kept.bytes() > 0);
+    let fds: Vec<_> = captured.files.iter().map(|f| f.as_fd()).collect();
+    let fds = shell.give(socket.as_fd(), inside, &fds).unwrap();
+    let file = |backing| match backing {
+        Backing::File(id) => fds.get(id as usize).copied(),
+        Backing::Shared(_) => None,
+    };
+    let built = shell
+        .rebuild(&captured.image, &file, kept.runs(), kept.landed(), None)
+        .unwrap();
+    assert_eq!(layout(outer), expected);
+    let stopped = built.finish().unwrap();
+    let memory = ProcessMemory::new(outer);
+    for (at, data) in &captured.pages {
+        let mut there = vec![0; data.len()];
+        memory.read_forced(*at, &mut there).unwrap();
+        assert!(there == *data, "pages at {at:#x}");
+    }
+    let all = shim::capture::all_runs(outer, &captured.image.areas).unwrap();
+    let all: Vec<_> = all.into_iter().map(|r| (r.start, r.end)).collect();
+    let pages = |runs: &[(u64, u64)]| runs.iter().map(|(start, end)| (end - start) / PAGE).sum::<u64>();
+    assert_eq!(pages(&all), pages(&present), "{all:x?} {present:x?}");
+    go(vec![stopped]);
+    kill(Pid::from_raw(outer), Signal::SIGUSR1).unwrap();
+    let status = run_to_end(outer);
+    assert!(matches!(status, Status::Exited(42)), "{status:?}");
+    assert!(cage.teardown(Duration::from_secs(2)));
+}
+
+#[test]
+fn a_shell_takes_many_descriptors() {
+    let cage = cage();
+    let (mut shell, socket, inside) = shell(&cage, 4000);
+    let files: Vec<File> = (0..300).map(|_| File::open("/dev/null").unwrap()).collect();
+    let fds: Vec<_> = files.iter().map(|f| f.as_fd()).collect();
+    let numbers = shell.give(socket.as_fd(), inside, &fds).unwrap();
+    assert_eq!(numbers.len(), 300);
+    for number in numbers {
+        let there = std::fs::read_link(format!("/proc/{}/fd/{number}", shell.pid())).unwrap();
+        assert_eq!(there.to_str(), Some("/dev/null"));
+    }
+    end(shell.pid());
     assert!(cage.teardown(Duration::from_secs(2)));
 }
 

@@ -137,11 +137,16 @@ pub struct Moved {
     pub report: MoveReport,
 }
 
-/// Files that a process maps which is going to come: they are fetched while it still runs elsewhere.
+/// What a process is like that is going to come, so that it can be made ready for while it still runs elsewhere. All of it may be
+/// otherwise when it comes.
 #[derive(Clone, Debug, Encode, Decode)]
 pub struct Prefetch {
-    /// The files.
+    /// The files that it maps.
     pub files: Vec<super::FileRef>,
+    /// Its private memory that is not of a file, as in an image. With none, its pages are kept until it is built.
+    pub areas: Vec<crate::image::Area>,
+    /// Home's host name.
+    pub hostname: Vec<u8>,
 }
 
 /// Which pages a process that was sent while it ran has in the end: what else was sent of it is dropped.

@@ -1,4 +1,4 @@
-//! Processes that come here: what was sent of them is kept until they are built.
+//! Processes that come here: what was sent of them is put into them as it comes, or kept until they are built.
 //!
 //! A process comes on the contact, or on a link of its own, from home or from another node. Such a link is made for one process,
 //! as home asked for it ([`Kind::Listen`]), and nothing else can be said on it.
@@ -10,14 +10,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use linklayer::frame::Header;
-use linklayer::image::{PAGE, USER_END};
+use linklayer::image::{self, Area, PAGE, USER_END};
 use linklayer::pages::known::{Nothing, Source};
 use linklayer::pages::{self, Kept};
 use linklayer::quic::{Fingerprint, Handler, Link, LinkError, LinkListener, OneTimeKey, Options, ReplyTo};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, Listening, MAX_RUNS, Place};
 use parking_lot::Mutex;
+use shim::restore::Room;
 
+use super::begun::Begin;
 use super::contact::Build;
 use super::faults::{self, Point};
 use super::postcopy::{Later, PagerSlot};
@@ -57,7 +59,15 @@ pub struct Arriving {
     later: Option<Vec<(u64, u64)>>,
     /// It has a link of its own, so it is large enough that its pages are worth keeping.
     own_link: bool,
+    /// The link that has begun to build it.
+    begun_by: Option<u64>,
+    /// What is kept for the page store of the frames whose pages were put into it, and how much that is.
+    landed: Frames,
+    landed_bytes: u64,
 }
+
+/// Frames of pages, as they came.
+pub type Frames = Vec<(Kind, Vec<u8>)>;
 
 /// Most runs of pages in a list: as many as there are pages in what may come, when every other one is there.
 fn most_listed() -> usize {
@@ -90,6 +100,27 @@ enum Next {
 }
 
 impl Arriving {
+    /// From now on its pages are put there. Not when it is too late for that.
+    fn put_into(&mut self, number: u64, room: Room) -> bool {
+        let early = self.launch.is_none() && self.pages.bytes() == 0 && self.begun_by.is_none();
+        if early {
+            self.pages.put_into(Box::new(room));
+            self.begun_by = Some(number);
+        }
+        early
+    }
+
+    /// Keeps a frame that was taken up for the page store, as far as that takes it.
+    fn keep(&mut self, kind: Kind, payload: Vec<u8>, limit_bytes: u64) {
+        /// The length of a frame that says that there are zeros.
+        const ZEROS_LEN: usize = 12;
+        let content = kind == Kind::Pages || kind == Kind::PackedPages && payload.len() > ZEROS_LEN;
+        if self.begun_by.is_some() && content && self.landed_bytes < limit_bytes {
+            self.landed_bytes += payload.len() as u64;
+            self.landed.push((kind, payload));
+        }
+    }
+
     /// Takes up a frame about this process. What comes as a hash is had from `source`.
     fn frame(&mut self, pid: i32, kind: Kind, payload: &[u8], source: &dyn Source) -> Result<Next, String> {
         match kind {
@@ -217,15 +248,14 @@ impl Arrivals {
                 shared: shared.clone(),
                 pid,
                 number,
-                over: AtomicBool::new(false),
-                arriving: Mutex::default(),
+                coming: Arc::default(),
                 pager: PagerSlot::default(),
             });
             let peer = Fingerprint(request.peer);
             match listener.accept(peer, own.clone(), ACCEPT_TIMEOUT, Options::of_process()) {
                 Ok(link) => {
                     let mut links = shared.arrivals.links.lock();
-                    if !own.over.load(Ordering::Acquire) {
+                    if !own.coming.over.load(Ordering::Acquire) {
                         links.insert(pid, (number, link));
                     }
                 }
@@ -236,13 +266,20 @@ impl Arrivals {
     }
 }
 
+/// What has come by a link.
+#[derive(Default)]
+struct Coming {
+    /// Nothing more comes. Set before what has come is dropped.
+    over: AtomicBool,
+    arriving: Mutex<Arriving>,
+}
+
 /// This end of the link of one process.
 struct OwnLink {
     shared: Arc<Shared>,
     pid: i32,
     number: u64,
-    over: AtomicBool,
-    arriving: Mutex<Arriving>,
+    coming: Arc<Coming>,
     /// Who gets the pages that come when it runs.
     pager: PagerSlot,
 }
@@ -257,14 +294,14 @@ impl Handler for OwnLink {
             if let Some(pager) = self.pager.get() {
                 return pager.frame(kind, &payload);
             }
-            let mut arriving = self.arriving.lock();
+            let mut arriving = self.coming.arriving.lock();
             let answer = ReplyTo {
                 link: link.clone(),
                 lane,
                 header,
             };
             match kind {
-                Kind::Prefetch => return prefetch(&self.shared, &payload, answer),
+                Kind::Prefetch => return self.prefetch(&payload, answer),
                 Kind::Known => {
                     tell_known(&self.shared, answer);
                     return Ok(());
@@ -278,7 +315,10 @@ impl Handler for OwnLink {
                 _ => {}
             }
             match arriving.frame(self.pid, kind, &payload, &self.shared.stored)? {
-                Next::More => return Ok(()),
+                Next::More => {
+                    arriving.keep(kind, payload, self.shared.stored.limit_bytes());
+                    return Ok(());
+                }
                 Next::Missing(missing) => {
                     answer.send(&[&lacks(missing)]);
                     return Ok(());
@@ -311,9 +351,12 @@ impl OwnLink {
             pager.lost(why);
             return;
         }
-        *self.arriving.lock() = Arriving::default();
+        self.coming.over.store(true, Ordering::Release);
+        let arriving = std::mem::take(&mut *self.coming.arriving.lock());
+        if let Some(number) = arriving.begun_by {
+            self.shared.post(Command::Abandon(self.pid, number));
+        }
         let mut links = self.shared.arrivals.links.lock();
-        self.over.store(true, Ordering::Release);
         if links
             .get(&self.pid)
             .is_some_and(|(number, _)| *number == self.number)
@@ -323,28 +366,69 @@ impl OwnLink {
     }
 }
 
+impl OwnLink {
+    /// Makes ready for a process that is going to come, and says so: fetches its files (what cannot be had now is fetched when it is
+    /// built), and begins to build it.
+    fn prefetch(&self, payload: &[u8], answer: ReplyTo) -> Result<(), String> {
+        let coming: wire::Prefetch = wire::decode(payload).map_err(|e| e.to_string())?;
+        image::validate_areas(&coming.areas).map_err(|e| e.to_string())?;
+        let (shared, to, pid, number) = (self.shared.clone(), self.coming.clone(), self.pid, self.number);
+        self.shared.starter.start("prefetch", move || {
+            let wire::Prefetch {
+                files,
+                areas,
+                hostname,
+            } = coming;
+            for file in &files {
+                if let Err(e) = shared.file(file) {
+                    tracing::debug!(id = file.id, error = %e, "file not fetched yet");
+                }
+            }
+            if !areas.is_empty()
+                && let Err(why) = begin(&shared, &to, pid, number, areas, hostname)
+            {
+                tracing::debug!(pid, why, "its pages are kept until it is built");
+            }
+            answer.errno(0);
+        });
+        Ok(())
+    }
+}
+
+/// Has the tracer begin to build a process, whose pages are put into it from then on.
+fn begin(
+    shared: &Shared,
+    to: &Coming,
+    pid: i32,
+    number: u64,
+    areas: Vec<Area>,
+    hostname: Vec<u8>,
+) -> Result<(), String> {
+    let ahead = shared.clocks_ahead().map_err(|e| format!("home's clocks: {e}"))?;
+    let (done, begun) = crossbeam_channel::bounded(1);
+    shared.post(Command::Begin(Begin {
+        pid,
+        number,
+        hostname,
+        ahead,
+        areas,
+        done,
+    }));
+    let room = begun.recv().map_err(|e| e.to_string())??;
+    let mut arriving = to.arriving.lock();
+    if to.over.load(Ordering::Acquire) || !arriving.put_into(number, room) {
+        shared.post(Command::Abandon(pid, number));
+        return Err("it does not come any more, or its pages were there first".into());
+    }
+    Ok(())
+}
+
 /// Says which pages are in the page store.
 fn tell_known(shared: &Arc<Shared>, answer: ReplyTo) {
     let stored = shared.stored.clone();
     shared.starter.start("known", move || {
         answer.send(&[&stored.known().encode()]);
     });
-}
-
-/// Fetches files for a process that is going to come, and says so. What cannot be had now is fetched when it is built.
-fn prefetch(shared: &Arc<Shared>, payload: &[u8], answer: ReplyTo) -> Result<(), String> {
-    let files: wire::Prefetch = wire::decode(payload).map_err(|e| e.to_string())?;
-    let starter = shared.starter.clone();
-    let shared = shared.clone();
-    starter.start("prefetch", move || {
-        for file in &files.files {
-            if let Err(e) = shared.file(file) {
-                tracing::debug!(id = file.id, error = %e, "file not fetched yet");
-            }
-        }
-        answer.errno(0);
-    });
-    Ok(())
 }
 
 /// Fetches what is missing of the files, off the thread that delivers frames, and hands the whole to the tracer.
@@ -359,6 +443,8 @@ fn prepare(
         pages,
         own_link,
         later,
+        begun_by,
+        landed,
         ..
     } = arriving;
     let later = later.map(|runs| Later {
@@ -376,7 +462,9 @@ fn prepare(
                 shared.post(Command::Build(Box::new(Build {
                     launch,
                     pages,
+                    begun_by,
                     keep_pages: own_link,
+                    landed,
                     files,
                     ahead,
                     begun,
@@ -385,6 +473,9 @@ fn prepare(
                 })));
             }
             Err(why) => {
+                if let Some(number) = begun_by {
+                    shared.post(Command::Abandon(launch.image.pid, number));
+                }
                 let ready = wire::LaunchReady {
                     refused: Some(StayReason::NoNode(why)),
                     restore_us: 0,

@@ -13,7 +13,7 @@ use linklayer::pages::Kept;
 use linklayer::stay::StayReason;
 use linklayer::wire;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use shim::cage::{Cage, CageOptions};
+use shim::cage::Cage;
 use shim::ptrace::{self, Status, Target};
 use shim::restore::{Backing, Faults};
 use shim::userfault::Source;
@@ -33,7 +33,10 @@ impl Tracer {
         let answer = build.answer.clone();
         let pid = build.launch.image.pid;
         let begun = build.begun;
-        let (pages, keep) = (std::mem::take(&mut build.pages), build.keep_pages);
+        let mut pages = std::mem::take(&mut build.pages);
+        let (keep, landed) = (build.keep_pages, std::mem::take(&mut build.landed));
+        // Nobody puts pages into it any more.
+        pages.leave_place();
         let refused = match self.build_guest(build, &pages) {
             Ok(()) => None,
             Err(e) => {
@@ -52,7 +55,7 @@ impl Tracer {
             missing: Vec::new(),
         })]);
         if keep && built {
-            self.shared.stored.keep_memory(pages);
+            self.shared.stored.keep_memory(pages, landed);
         }
         Ok(())
     }
@@ -64,27 +67,16 @@ impl Tracer {
             files,
             ahead,
             later,
+            begun_by,
             ..
         } = build;
         self.shared.remember_home(&launch);
         let image = launch.image;
         let pid = image.pid;
-        if self.cage.is_none() {
-            let options = CageOptions {
-                monotonic_ahead_ns: ahead.monotonic_ns,
-                boottime_ahead_ns: ahead.boottime_ns,
-                hostname: String::from_utf8_lossy(&launch.hostname).into_owned(),
-                nice: self.config.limits.nice.clamp(0, 19),
-                uid: self.config.uid,
-                gid: self.config.gid,
-                ..CageOptions::default()
-            };
-            self.cage = Some(Cage::new(options).context("cage")?);
-        }
+        self.make_cage(ahead, &launch.hostname)?;
         let lacks = self.shared.lacks.get().map_or("", String::as_str);
         anyhow::ensure!(lacks.is_empty(), StayReason::Cpu(lacks.into()));
         self.await_end(pid)?;
-        let cage = self.cage.as_ref().context("cage")?;
         let objects = self.objects_of(&image);
         let mut backings: Vec<(Backing, BorrowedFd<'_>)> = files
             .iter()
@@ -104,27 +96,19 @@ impl Tracer {
         if let Some(Source::Device(device)) = &source {
             fds.push(device.as_fd());
         }
-        let blank = cage.spawn_blank(pid, &fds).context("new process in the cage")?;
+        let (outer_pid, shell, fds_inside) = self.shell(pid, begun_by, &fds)?;
         let inside: HashMap<Backing, i32> = backings
             .iter()
             .map(|(backing, _)| *backing)
-            .zip(blank.fds_inside.iter().copied())
+            .zip(fds_inside.iter().copied())
             .collect();
-        let options = ptrace::usual_options()
-            | ptrace::Options::PTRACE_O_EXITKILL
-            | ptrace::Options::PTRACE_O_TRACESECCOMP;
-        ptrace::seize(blank.outer_pid, options)?;
-        ptrace::interrupt(blank.outer_pid)?;
-        let Some((_, Status::Stopped(stopped))) = ptrace::wait(Target::Thread(blank.outer_pid), false)?
-        else {
-            anyhow::bail!("the new process died");
-        };
         let inside = |backing| inside.get(&backing).copied();
         let faults = source.as_ref().map(|source| match source {
             Source::Call => Faults::Call,
-            Source::Device(_) => Faults::Device(blank.fds_inside.last().copied().unwrap_or(-1)),
+            Source::Device(_) => Faults::Device(fds_inside.last().copied().unwrap_or(-1)),
         });
-        let mut built = shim::restore::rebuild(stopped, &image, &inside, pages.runs(), faults)
+        let mut built = shell
+            .rebuild(&image, &inside, pages.runs(), pages.landed(), faults)
             .context("rebuilding the process")?;
         let pid_here = built.pid();
         let installed =
@@ -142,7 +126,7 @@ impl Tracer {
         let turn = Arc::new(Turn::default());
         let guest = Arc::new(Guest::new(
             pid,
-            blank.outer_pid,
+            outer_pid,
             listener.clone(),
             turn.clone(),
             key,
@@ -157,14 +141,12 @@ impl Tracer {
         }
         self.shared.guests.write().insert(pid, guest.clone());
         if image.leader_ended() {
-            guest.ended.lock().insert(blank.outer_pid);
-            guest
-                .memory
-                .set_pid(others.first().copied().unwrap_or(blank.outer_pid));
+            guest.ended.lock().insert(outer_pid);
+            guest.memory.set_pid(others.first().copied().unwrap_or(outer_pid));
         }
         let leader = image.leader_ended().then_some(pid);
         let tids = leader.into_iter().chain(image.threads.iter().map(|t| t.tid));
-        for (outer, tid) in std::iter::once(blank.outer_pid).chain(others).zip(tids) {
+        for (outer, tid) in std::iter::once(outer_pid).chain(others).zip(tids) {
             let thread = Arc::new(Thread::new(tid, outer, guest.clone()));
             let state = image.threads.iter().find(|t| t.tid == tid);
             let at_home =
@@ -213,7 +195,7 @@ impl Tracer {
     }
 
     /// An earlier guest of this pid, which executed another program, has to be gone first.
-    fn await_end(&mut self, pid: i32) -> anyhow::Result<()> {
+    pub(super) fn await_end(&mut self, pid: i32) -> anyhow::Result<()> {
         let Some(old) = self.shared.guests.read().get(&pid).cloned() else {
             return Ok(());
         };
@@ -230,7 +212,7 @@ impl Tracer {
     }
 
     /// Kills what a failed build left in the cage.
-    fn remove_half_built(&mut self, pid: i32) {
+    pub(super) fn remove_half_built(&mut self, pid: i32) {
         if let Some(cage) = &self.cage
             && let Err(e) = cage.kill_blank(pid)
         {
@@ -240,6 +222,7 @@ impl Tracer {
 
     /// Ends everything in the cage and reaps it.
     pub(super) fn tear_down(&mut self) {
+        self.begun.clear();
         let Some(cage) = self.cage.take() else { return };
         cage.kill();
         let until = Instant::now() + Duration::from_secs(2);

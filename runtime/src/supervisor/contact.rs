@@ -12,6 +12,7 @@ use linklayer::pages::Kept;
 use linklayer::quic::{Handler, Link, LinkError, ReplyTo};
 use linklayer::wire::{self, Kind};
 
+use super::arrivals::Frames;
 use super::files::Stored;
 use super::shared::{Command, Shared};
 
@@ -21,8 +22,12 @@ pub struct Build {
     pub launch: wire::Launch,
     /// Its pages that are not as in a file.
     pub pages: Kept,
+    /// The link that began to build it, if one did.
+    pub begun_by: Option<u64>,
     /// They are to be put into the page store.
     pub keep_pages: bool,
+    /// So are those of these frames, whose pages were put into the process.
+    pub landed: Frames,
     /// The files it maps, by number.
     pub files: HashMap<u64, Arc<Stored>>,
     /// How far home's clocks are ahead of this node's.

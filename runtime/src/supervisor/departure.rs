@@ -119,11 +119,10 @@ fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure
     )
     .map_err(reach)?;
     let mut departure = Departure::new(pid, None, (link, source), order.mode);
-    announce_files(shared, &guest, &departure);
+    let early = order.mode.wants_precopy(resident_bytes(guest.memory.pid()));
+    announce(shared, &guest, &departure, early || !order.mode.is_lazy());
     learn_known(&departure.link, pid, &order.place, &mut departure.writer);
-    if order.mode.wants_precopy(resident_bytes(guest.memory.pid()))
-        && let Err(why) = precopy(shared, &mut departure, order.mode, order.postcopy)
-    {
+    if early && let Err(why) = precopy(shared, &mut departure, order.mode, order.postcopy) {
         departure.not_while_it_ran(&why);
     }
     departure.since = Instant::now();
@@ -151,8 +150,8 @@ fn shares_memory(shared: &Shared, guest: &Guest) -> Option<&'static str> {
         .then_some("it maps memory that can be shared")
 }
 
-/// Tells the other node which files the guest maps, and waits until they are there.
-fn announce_files(shared: &Shared, guest: &Guest, departure: &Departure) {
+/// Tells the other node which files the guest maps and, with `memory`, which memory it has, and waits until that is there.
+fn announce(shared: &Shared, guest: &Guest, departure: &Departure, memory: bool) {
     let lines = shim::capture::map_lines(guest.memory.pid(), false).unwrap_or_default();
     let mut seen = HashSet::new();
     let files = lines
@@ -161,9 +160,14 @@ fn announce_files(shared: &Shared, guest: &Guest, departure: &Departure) {
         .filter(|id| seen.insert(*id))
         .filter_map(|id| shared.files.known(id))
         .collect();
-    let body = wire::encode(&wire::Prefetch { files });
+    let areas = memory.then(|| shim::capture::private_memory(guest.memory.pid()));
+    let body = wire::encode(&wire::Prefetch {
+        files,
+        areas: areas.unwrap_or_default(),
+        hostname: shared.hostname_of_home(),
+    });
     if let Err(e) = departure.link.ask(departure.pid, Kind::Prefetch, &body) {
-        tracing::debug!(error = %e, "files not announced");
+        tracing::debug!(error = %e, "not announced");
     }
 }
 

@@ -6,6 +6,7 @@
 //! not touch it.
 
 mod arrivals;
+mod begun;
 mod build;
 mod calls;
 mod clone;

@@ -25,6 +25,10 @@ use super::stored::Stored;
 pub enum Command {
     /// Build a guest.
     Build(Box<super::contact::Build>),
+    /// Begin to build one.
+    Begin(super::begun::Begin),
+    /// What a link (by its number) has begun of a process is not needed.
+    Abandon(i32, u64),
     /// Run it.
     LaunchGo(i32),
     /// Relay a signal.

@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use linklayer::image::PAGE;
-use linklayer::pages::Kept;
 use linklayer::pages::known::{Hash, Known, MAX_KNOWN, Source};
+use linklayer::pages::{self, Kept};
 use parking_lot::Mutex;
 
+use super::arrivals::Frames;
 use super::handshake::StoreConfig;
 use crate::pagestore::PageStore;
 
@@ -26,8 +27,8 @@ const FILE_CHUNK_BYTES: u64 = 1 << 20;
 
 /// Something to be put in.
 enum Work {
-    /// The memory of a process that came.
-    Memory(Kept),
+    /// The memory of a process that came: what was kept of it, and frames of what was not.
+    Memory(Box<Kept>, Frames),
     /// Ranges of a file that were fetched.
     File(File, Vec<Range<u64>>),
     /// Nothing: write down what was used.
@@ -42,6 +43,7 @@ pub struct Stored {
     done: Receiver<()>,
     /// Bytes of memory that wait.
     waiting_bytes: Arc<AtomicUsize>,
+    limit_bytes: u64,
 }
 
 impl Stored {
@@ -53,6 +55,7 @@ impl Stored {
             work: Arc::default(),
             done: crossbeam_channel::never(),
             waiting_bytes: Arc::default(),
+            limit_bytes: 0,
         }
     }
 
@@ -65,6 +68,7 @@ impl Stored {
             work: Arc::new(Mutex::new(Some(work))),
             done,
             waiting_bytes: Arc::default(),
+            limit_bytes: config.as_ref().map_or(0, |config| config.limit_bytes),
         };
         let waiting_bytes = stored.waiting_bytes.clone();
         let Some(config) = config else {
@@ -91,6 +95,11 @@ impl Stored {
         stored
     }
 
+    /// How much of a process it has room for.
+    pub fn limit_bytes(&self) -> u64 {
+        self.limit_bytes
+    }
+
     /// The store, when it is open.
     fn store(&self) -> Option<&PageStore> {
         self.opened.wait().as_ref()
@@ -111,14 +120,14 @@ impl Stored {
     }
 
     /// Keeps the memory that a process brought.
-    pub fn keep_memory(&self, pages: Kept) {
-        let bytes = pages.bytes();
+    pub fn keep_memory(&self, pages: Kept, landed: Frames) {
+        let bytes = bytes(&pages, &landed);
         if self.waiting_bytes.load(Ordering::Relaxed) > MOST_WAITING_BYTES {
             tracing::debug!(bytes, "the page store is busy; not kept");
             return;
         }
         self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed);
-        if !self.put(Work::Memory(pages)) {
+        if !self.put(Work::Memory(Box::new(pages), landed)) {
             self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
         }
     }
@@ -166,10 +175,10 @@ fn serve(store: &PageStore, works: &Receiver<Work>, waiting_bytes: &AtomicUsize)
     let complained = AtomicBool::new(false);
     for work in works {
         let result = match work {
-            Work::Memory(pages) => {
-                waiting_bytes.fetch_sub(pages.bytes(), Ordering::Relaxed);
+            Work::Memory(pages, landed) => {
+                waiting_bytes.fetch_sub(bytes(&pages, &landed), Ordering::Relaxed);
                 let pages = pages.runs().flat_map(|(_, run)| run.chunks(PAGE as usize));
-                store.insert(pages)
+                store.insert(pages).and_then(|()| insert_frames(store, &landed))
             }
             Work::File(file, fetched) => insert_file(store, &file, &fetched),
             Work::Used => Ok(()),
@@ -180,6 +189,21 @@ fn serve(store: &PageStore, works: &Receiver<Work>, waiting_bytes: &AtomicUsize)
             tracing::warn!(error = %e, "the page store does not take everything");
         }
     }
+}
+
+/// Bytes that wait.
+fn bytes(pages: &Kept, landed: &Frames) -> usize {
+    pages.bytes() + landed.iter().map(|(_, payload)| payload.len()).sum::<usize>()
+}
+
+fn insert_frames(store: &PageStore, landed: &Frames) -> io::Result<()> {
+    for (kind, payload) in landed {
+        // They were read before.
+        if let Ok(piece) = pages::decode(*kind, payload) {
+            store.insert(piece.data.chunks(PAGE as usize))?;
+        }
+    }
+    Ok(())
 }
 
 fn insert_file(store: &PageStore, file: &File, fetched: &[Range<u64>]) -> io::Result<()> {
@@ -226,7 +250,7 @@ mod tests {
         let data = vec![9; PAGE as usize].into();
         kept.put(&linklayer::pages::Piece { address, data }, 1 << 20)
             .unwrap();
-        first.keep_memory(kept);
+        first.keep_memory(kept, Vec::new());
         first.finish(Duration::from_secs(20));
         let second = Stored::start(Some(config));
         assert!(second.has_some());
@@ -245,7 +269,7 @@ mod tests {
         for config in [None, Some(missing)] {
             let stored = Stored::start(config);
             assert!(!stored.has_some() && stored.known().is_empty());
-            stored.keep_memory(Kept::default());
+            stored.keep_memory(Kept::default(), Vec::new());
             assert!(!stored.page(&[0; 32], &mut [0; PAGE as usize]));
             stored.finish(Duration::from_secs(20));
         }

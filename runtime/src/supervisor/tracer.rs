@@ -144,6 +144,8 @@ pub struct Tracer {
     pub(super) tracking: HashMap<i32, Sender<Result<shim::track::Tracker, String>>>,
     /// Guests for which home was asked to keep back what arrives.
     pub(super) quiet: HashMap<i32, Quiet>,
+    /// Processes whose building has begun.
+    pub(super) begun: super::begun::AllBegun,
     /// Stopped and built, waiting for home's word to run.
     pub(super) built: HashMap<i32, Vec<Stopped>>,
     /// Sleeps whose length is set when they run.
@@ -189,6 +191,7 @@ impl Tracer {
             departures: HashMap::new(),
             tracking: HashMap::new(),
             quiet: HashMap::new(),
+            begun: HashMap::new(),
             built: HashMap::new(),
             sleeps: HashMap::new(),
             next_token: super::signals::FIRST_TOKEN,
@@ -265,6 +268,14 @@ impl Tracer {
     fn command(&mut self, command: Command) -> anyhow::Result<()> {
         match command {
             Command::Build(build) => self.build(*build),
+            Command::Begin(begin) => {
+                self.begin(begin);
+                Ok(())
+            }
+            Command::Abandon(pid, number) => {
+                self.abandon(pid, Some(number));
+                Ok(())
+            }
             Command::LaunchGo(pid) => self.launch_go(pid),
             Command::Signal(signal, counted) => {
                 let relayed = self.relay(&signal);

@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 
-use linklayer::image::{AreaFlags, Prot, RESERVED};
+use linklayer::image::{Area, AreaFlags, AreaKind, Prot, RESERVED};
 
 use crate::shared_memory;
 
@@ -42,6 +42,12 @@ impl MapLine {
     pub fn shares_memory(&self) -> bool {
         let bare = self.path.strip_suffix(DELETED).unwrap_or(&self.path);
         self.shared && self.ino != 0 && (bare == shared_memory::KERNELS || bare == shared_memory::PATH)
+    }
+
+    /// Whether the kernel made it, so that it is no memory of the process.
+    pub fn is_kernels(&self) -> bool {
+        let names: [&[u8]; 4] = [b"[vdso]", b"[vvar]", b"[vvar_vclock]", b"[vsyscall]"];
+        names.contains(&self.path.as_slice())
     }
 
     /// The flags that a process can set, as an image has them.
@@ -94,6 +100,23 @@ pub fn map_lines(pid: i32, with_flags: bool) -> io::Result<Vec<MapLine>> {
         }
     }
     Ok(lines)
+}
+
+/// The private memory of a process that is not of a file, in areas as an image has them: what can be told while it runs. None when it
+/// is gone.
+pub fn private_memory(pid: i32) -> Vec<Area> {
+    let lines = map_lines(pid, true).unwrap_or_default();
+    lines
+        .iter()
+        .filter(|line| line.ino == 0 && !line.shared && !reserved(&line.range) && !line.is_kernels())
+        .map(|line| Area {
+            start: line.range.start,
+            end: line.range.end,
+            prot: line.prot,
+            flags: line.area_flags(),
+            kind: AreaKind::Anon,
+        })
+        .collect()
 }
 
 fn parse_line(line: &[u8]) -> Option<MapLine> {

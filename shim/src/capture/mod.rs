@@ -22,7 +22,7 @@ use crate::restore::{SCRATCH, TRAMPOLINE};
 use crate::vessel::stub;
 use crate::xstate;
 
-pub use maps::{MapLine, file_id, map_lines, reserved, shared_objects};
+pub use maps::{MapLine, file_id, map_lines, private_memory, reserved, shared_objects};
 pub(crate) use pages::{Found, scan_written};
 pub use pages::{page_runs, page_runs_of};
 pub use send::{SendError, learn_known, send_pages, send_process};

@@ -17,7 +17,7 @@ const MFD_EXEC: u64 = 0x10;
 
 /// An area that the kernel made.
 #[derive(Debug, Clone)]
-struct Own {
+pub(super) struct Own {
     kind: AreaKind,
     range: Range<u64>,
 }
@@ -41,12 +41,8 @@ impl Own {
     }
 }
 
-/// Unmaps everything but the site and puts the kernel's own areas where the image has them, or behind what stands for them.
-pub(super) fn empty(
-    calls: &mut RemoteCalls,
-    memory: &ProcessMemory,
-    image: &ProcessImage,
-) -> Result<(), RestoreError> {
+/// Unmaps everything but the site and puts the kernel's own areas where no guest has any; gives these.
+pub(super) fn empty(calls: &mut RemoteCalls, memory: &ProcessMemory) -> Result<Vec<Own>, RestoreError> {
     let mut own = Vec::new();
     let mut batch = Vec::new();
     for line in map_lines(memory.pid(), false)? {
@@ -65,19 +61,31 @@ pub(super) fn empty(
         };
         own.push(Own { kind, range });
     }
-    let (_, here) = vdso_bytes(memory.pid())?;
-    // Aside first: a place may be where another still is. The code finds its data at a fixed distance.
+    // The code finds its data at a fixed distance.
     let first = own.iter().map(|area| area.range.start).min().unwrap_or(BEHIND);
     for area in &mut own {
         batch.push(area.to(area.range.start - first + BEHIND));
     }
+    calls.batch_all(&batch)?;
+    Ok(own)
+}
+
+/// Puts the kernel's own areas where the image has them, or has what stands for them there lead to them.
+pub(super) fn place(
+    calls: &mut RemoteCalls,
+    memory: &ProcessMemory,
+    image: &ProcessImage,
+    own: &mut [Own],
+) -> Result<(), RestoreError> {
+    let (_, here) = vdso_bytes(memory.pid())?;
     let place = |kind: &AreaKind| image.areas.iter().find(|a| a.kind == *kind);
     let alike = (image.vdso.is_empty() || image.vdso == here)
         && own
             .iter()
             .all(|area| place(&area.kind).is_none_or(|a| a.len() == area.len()));
     if alike {
-        for area in &mut own {
+        let mut batch = Vec::new();
+        for area in own {
             batch.push(match place(&area.kind) {
                 Some(wanted) => area.to(wanted.start),
                 None => batched(
@@ -90,7 +98,6 @@ pub(super) fn empty(
         calls.batch_all(&batch)?;
         return Ok(());
     }
-    calls.batch_all(&batch)?;
     match (
         place(&AreaKind::Vdso),
         own.iter().find(|area| area.kind == AreaKind::Vdso),

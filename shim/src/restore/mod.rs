@@ -1,6 +1,7 @@
 //! Building a process out of an image: a blank process is emptied and filled by calls that it executes under ptrace.
 
 mod kernel;
+mod shell;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -11,11 +12,13 @@ use linklayer::image::{
     XstateComponent,
 };
 
-use crate::capture::build_site;
+pub use shell::{Room, Shell};
+
 use crate::memory::ProcessMemory;
 use crate::ptrace::{self, PtraceError, Stopped};
 use crate::remote_call::{BatchCall, RemoteCallError, RemoteCalls};
 use crate::{userfault, xstate};
+use linklayer::pages::Landed;
 
 /// Where the code that makes the calls lies while a process is built: in the part of the address space that no guest
 /// may use.
@@ -285,32 +288,21 @@ pub fn rebuild<'a>(
     pages: impl IntoIterator<Item = (u64, &'a [u8])>,
     faults: Option<Faults>,
 ) -> Result<Rebuilt, RestoreError> {
+    Shell::new(stopped)?.rebuild(image, fd_of, pages, &Landed::default(), faults)
+}
+
+/// Makes a process that has the memory of the image the one of the image in all else.
+fn complete(
+    mut calls: RemoteCalls,
+    memory: ProcessMemory,
+    image: &ProcessImage,
+    faults: Option<Faults>,
+) -> Result<Rebuilt, RestoreError> {
     let first = image
         .threads
         .first()
         .ok_or_else(|| RestoreError::Unsuitable("a process without threads".into()))?;
-    let pid = stopped.tid();
-    let memory = ProcessMemory::new(pid);
-    let mut site = stopped.regs()?.rip.wrapping_sub(2);
-    let mut code = [0; 2];
-    memory.read_forced(site, &mut code)?;
-    if code != SYSCALL {
-        site += 2;
-        memory.write_forced(site, &SYSCALL)?;
-    }
-    let mut calls = RemoteCalls::begin(stopped, site)?;
-    build_site(&mut calls, &memory)?;
-    kernel::empty(&mut calls, &memory, image)?;
-    let areas: Vec<BatchCall> = image
-        .areas
-        .iter()
-        .filter(|a| !a.is_kernel())
-        .map(|area| map(area, fd_of))
-        .collect::<Result<_, _>>()?;
-    calls.batch_all(&areas)?;
-    for (address, data) in pages {
-        memory.write_forced(address, data)?;
-    }
+    let pid = calls.tid();
     advise(&mut calls, image)?;
     mm_fields(&mut calls, &memory, image)?;
     let userfault = faults.map(|how| make_userfault(&mut calls, how)).transpose()?;
