@@ -30,6 +30,8 @@ pub struct Worker {
     pub slot: Slot,
     /// Sequence number of the call in progress.
     pub current: Mutex<Option<u64>>,
+    /// The call in progress and its arguments.
+    pub call: Mutex<Option<(u32, [u64; 6])>>,
     /// Sequence number of the last call that was to be interrupted: it may come after that was asked.
     pub early: AtomicU64,
     /// What is made in the slot without being a call of the guest's.
@@ -53,6 +55,7 @@ impl Worker {
             pid,
             slot,
             current: Mutex::new(None),
+            call: Mutex::new(None),
             early: AtomicU64::new(0),
             aside: Mutex::default(),
         }
@@ -121,6 +124,21 @@ fn begin_now(shared: &Arc<Shared>, worker: &Arc<Worker>, reply: ReplyTo, payload
         tracing::error!(tid, error = %e, "call refused");
         reply.send(&[&(-i64::from(libc::EPROTO)).to_le_bytes()]);
     };
+    let call = match CallView::parse(&payload) {
+        Ok(view) => (view.nr, view.args),
+        Err(e) => return refuse(e),
+    };
+    // Before it is known which files are held: who holds one after that finds the call.
+    *worker.call.lock() = Some(call);
+    let files = shared.held.touched(tid, call.0, &call.1);
+    if !files.is_empty() {
+        *worker.call.lock() = None;
+        let later = shared.clone();
+        return crate::held::wait_a_while(shared, files, move |there| match there {
+            true => begin(&later, reply, payload),
+            false => crate::held::make_again(&reply),
+        });
+    }
     let (nr, blocking, args) = match CallView::parse(&payload) {
         Ok(view) => {
             let args = syscall::place(&view, &worker.slot, worker.slot.data_address());
@@ -400,6 +418,7 @@ impl Pending {
     /// Answers at once.
     pub fn answer(&self, reply: &[u8]) {
         *self.worker.current.lock() = None;
+        *self.worker.call.lock() = None;
         self.reply.send(&[reply]);
     }
 

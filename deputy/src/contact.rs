@@ -59,7 +59,9 @@ impl Contact {
                 let r: wire::FileRead = body(&payload)?;
                 let shared = shared.clone();
                 spawn("file", move || {
-                    reply.send(&[&shared.files.read(r.id, r.offset, r.len)])
+                    let held = shared.held.file(r.id);
+                    let file = held.or_else(|| shared.files.file(r.id));
+                    reply.send(&[&crate::files::read(file.as_deref(), r.offset, r.len)])
                 });
             }
             Kind::FileHashes => {
@@ -71,18 +73,37 @@ impl Contact {
             }
             Kind::MapFile => {
                 let request: wire::MapFile = body(&payload)?;
-                let shared = shared.clone();
+                let (shared, node) = (shared.clone(), self.node);
                 spawn("map", move || {
                     let answer = match shared
                         .worker(reply.header.tid)
                         .map(|w| shim::fd::get_from_thread(w.tid, request.fd))
                     {
-                        Some(Ok(fd)) => shared.files.map(fd, &request),
+                        Some(Ok(fd)) => {
+                            let hold = |fd| crate::held::map(&shared, node, reply.header.tid, fd, &request);
+                            let held = |key| shared.held.is_held(key);
+                            shared.files.map(fd, &request, hold, held)
+                        }
                         Some(Err(e)) => wire::MapFileReply::Errno(e.raw_os_error().unwrap_or(libc::EBADF)),
                         None => wire::MapFileReply::Errno(libc::ESRCH),
                     };
                     reply.send(&[&wire::encode(&answer)]);
                 });
+            }
+            Kind::HeldWrite => {
+                let (shared, node) = (shared.clone(), self.node);
+                spawn("held", move || match wire::shared_pages(&payload) {
+                    Ok((id, offset, data)) => {
+                        reply.errno(crate::held::write(&shared, node, id, offset, data))
+                    }
+                    Err(_) => reply.errno(libc::EPROTO),
+                });
+            }
+            Kind::GivenBack => {
+                shared
+                    .held
+                    .given_back(self.node, body::<wire::HeldId>(&payload)?.0);
+                reply.errno(0);
             }
             Kind::Homecoming => shared.post(Command::Homecoming(reply, Box::new(body(&payload)?))),
             Kind::HomeCommit => shared.post(Command::HomeCommit(reply, body(&payload)?)),

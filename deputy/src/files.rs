@@ -78,37 +78,15 @@ impl Files {
         self.state.lock().by_id.get(&id).map(|e| e.path.clone())
     }
 
-    /// Reads a range; short at the end of the file, empty for an unknown number or an error (the mapping then has
-    /// zeros where native would give SIGBUS).
-    pub fn read(&self, id: u64, offset: u64, len: u32) -> Vec<u8> {
-        let Some(file) = self.file(id) else {
-            return Vec::new();
-        };
-        let mut data = vec![0; len.min(MAX_READ_BYTES) as usize];
-        let mut got = 0;
-        while got < data.len() {
-            match file.read_at(&mut data[got..], offset + got as u64) {
-                Ok(0) => break,
-                Ok(n) => got += n,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => {
-                    tracing::warn!(id, error = %e, "mapped file not readable");
-                    break;
-                }
-            }
-        }
-        data.truncate(got);
-        data
-    }
-
     /// The hashes of the pages of a range ([`linklayer::wire::Kind::FileHashes`]), as far as the file goes.
     pub fn hashes(&self, id: u64, offset: u64, len: u32) -> Vec<u8> {
+        let file = self.file(id);
         let mut hashes = Vec::new();
         let len = u64::from(len.min(MAX_HASHED_BYTES));
         let mut at = 0;
         while at < len {
-            let mut data = self.read(
-                id,
+            let mut data = read(
+                file.as_deref(),
                 offset.saturating_add(at),
                 MAX_READ_BYTES.min((len - at) as u32),
             );
@@ -124,8 +102,21 @@ impl Files {
         hashes
     }
 
-    /// Answers what a mmap(2) of the vessel's descriptor (here as `fd`, a duplicate) is to become on the other node.
-    pub fn map(&self, fd: OwnedFd, request: &MapFile) -> MapFileReply {
+    /// Whether a version of this file is among them.
+    pub fn maps(&self, key: (u64, u64)) -> bool {
+        let state = self.state.lock();
+        state.by_key.keys().any(|known| (known.dev, known.ino) == key)
+    }
+
+    /// Answers what a mmap(2) of the vessel's descriptor (here as `fd`, a duplicate) is to become on the other node. `hold` answers what is
+    /// shared and may be written, and `held` says what is mapped so already.
+    pub fn map(
+        &self,
+        fd: OwnedFd,
+        request: &MapFile,
+        hold: impl FnOnce(OwnedFd) -> MapFileReply,
+        held: impl FnOnce((u64, u64)) -> bool,
+    ) -> MapFileReply {
         let path = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
         let file = File::from(fd);
         let Ok(meta) = file.metadata() else {
@@ -154,11 +145,17 @@ impl Files {
             if request.prot & libc::PROT_WRITE != 0 && access != libc::O_RDWR {
                 return MapFileReply::Errno(libc::EACCES);
             }
-            // A descriptor that may write could be made writable by mprotect, and a file that others have open for
-            // writing could change under the mapping.
-            if access != libc::O_RDONLY || written_by_others(&file) {
+            // Of a descriptor that may write, the mapping could be made writable by mprotect.
+            if access != libc::O_RDONLY {
+                return hold(file.into());
+            }
+            // A file that others have open for writing could change under the mapping.
+            if written_by_others(&file) {
                 return MapFileReply::GoHome(StayReason::SharedMapping);
             }
+        }
+        if held((meta.dev(), meta.ino())) {
+            return MapFileReply::GoHome(StayReason::SharedMapping);
         }
         // Virtual files have no size and no stable content.
         if meta.len() == 0 && meta.blocks() == 0 && is_virtual(&file) {
@@ -172,6 +169,29 @@ impl Files {
             Err(e) => MapFileReply::Errno(e.raw_os_error().unwrap_or(libc::EIO)),
         }
     }
+}
+
+/// Reads a range; short at the end of the file, empty for no file or an error (the mapping then has zeros where native would give
+/// SIGBUS).
+pub fn read(file: Option<&File>, offset: u64, len: u32) -> Vec<u8> {
+    let Some(file) = file else {
+        return Vec::new();
+    };
+    let mut data = vec![0; len.min(MAX_READ_BYTES) as usize];
+    let mut got = 0;
+    while got < data.len() {
+        match file.read_at(&mut data[got..], offset + got as u64) {
+            Ok(0) => break,
+            Ok(n) => got += n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => {
+                tracing::warn!(error = %e, "mapped file not readable");
+                break;
+            }
+        }
+    }
+    data.truncate(got);
+    data
 }
 
 fn is_virtual(file: &File) -> bool {

@@ -351,6 +351,7 @@ impl Home {
         }
         self.shared.table.lock().remove(&pid);
         self.shared.homecoming.lock().remove(&pid);
+        self.shared.held.settle(pid);
         self.shared.incomplete.lock().remove(&pid);
         self.shared.progress.lock().remove(&pid);
         self.shared.coming.forget(pid);
@@ -413,6 +414,7 @@ impl Home {
     /// The contact to a node is gone for good: what ran there has ended for us.
     fn lost(&mut self, node: u32, why: &str) -> anyhow::Result<()> {
         self.shared.links.lock().remove(&node);
+        self.shared.held.lost(node);
         let there: Vec<i32> = self
             .processes
             .values()

@@ -33,6 +33,11 @@ impl Home {
             reply.errno(libc::ESRCH);
             return Ok(());
         }
+        let (shared, later) = (self.shared.clone(), reply.clone());
+        let again = move |body| shared.post(Command::Homecoming(later, Box::new(body)));
+        let Some(body) = crate::held::may_come(&self.shared, &reply, body, again) else {
+            return Ok(());
+        };
         match self.prepare_home(&body) {
             Ok(Some((worker, node))) => {
                 self.lay_out(worker, node, reply, body);
@@ -51,9 +56,13 @@ impl Home {
         calls::in_turn(&self.shared, tid, move || {
             crate::contact::spawn("layout", move || {
                 let (files, objects) = (&shared.files, &shared.objects);
-                let adapted = Vessel::adapt_layout(&body.image, &worker.slot, &|id| files.file(id), &|id| {
-                    objects.file((node, id))
-                });
+                let adapted = Vessel::adapt_layout(
+                    &body.image,
+                    &worker.slot,
+                    &|id| files.file(id),
+                    &|id| objects.file((node, id)),
+                    &|id| shared.held.keeper(id),
+                );
                 let watched = adapted.and_then(|()| {
                     if body.postcopy {
                         let made = Vessel::make_userfault(tid, &worker.slot)?;
@@ -87,6 +96,7 @@ impl Home {
             }
             Err(e) => {
                 self.shared.objects.forget(pid);
+                self.shared.held.settle(pid);
                 reply.errno(libc::EIO);
                 Err(e.context(format!("process {pid} cannot come home")))
             }
@@ -181,6 +191,7 @@ impl Home {
         let mut vessels = Vec::new();
         for pid in group {
             self.shared.homecoming.lock().remove(pid);
+            self.shared.held.settle(*pid);
             self.shared.objects.forget(*pid);
             self.shared.coming.forget(*pid);
             // One that was killed meanwhile does not come.
@@ -212,6 +223,9 @@ impl Home {
                 Err(e) => lost(body.image.pid, &e),
             }
         }
+        // Their content has been written, and they are mapped: whoever waits for them can have them.
+        let held = coming.iter().flat_map(|body| body.held.iter().copied());
+        self.shared.held.finish(held);
         let mut cleared = HashSet::new();
         let mut running = Vec::new();
         for (homebound, memory, body) in gathered {

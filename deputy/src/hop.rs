@@ -165,6 +165,7 @@ impl Home {
                 away.coming = None;
             }
             self.shared.homecoming.lock().remove(&pid);
+            self.shared.held.settle(pid);
             self.shared.objects.forget(pid);
             self.shared.coming.forget(pid);
         } else if process.hop.is_none() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use linklayer::image::{Area, AreaKind, SigInfo};
+use linklayer::image::{Area, AreaFlags, AreaKind, SigInfo};
 use linklayer::pages::Writer;
 use linklayer::quic::Link;
 use linklayer::stay::StayReason;
@@ -59,6 +59,7 @@ impl Home {
             stopped.set_options(Home::options())?;
         }
         process.mode = Mode::Native;
+        self.shared.held.settle(pid);
         // Its memory is another now.
         process.pager = None;
         process.needs_no_more();
@@ -460,7 +461,7 @@ impl<'a> Namer<'a> {
     }
 }
 
-/// Whether an area maps a file shared and writable.
+/// Whether an area maps a file shared, and is writable or can be made so.
 pub(crate) fn shared_writable(area: &Area) -> bool {
-    area.shared() && matches!(area.kind, AreaKind::File { .. }) && area.prot.writable()
+    area.shared() && matches!(area.kind, AreaKind::File { .. }) && area.flags.has(AreaFlags::MAY_WRITE)
 }

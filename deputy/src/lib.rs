@@ -8,6 +8,7 @@ mod coming;
 mod contact;
 mod entry;
 mod files;
+mod held;
 mod home;
 mod homeward;
 mod hop;
@@ -46,13 +47,15 @@ pub struct Deputy {
 
 impl Deputy {
     /// Prepares a deputy; the calling thread becomes the tracer. To be called before any other thread exists, so that
-    /// all inherit a blocked SIGCHLD.
+    /// all inherit a blocked SIGCHLD and SIGIO.
     ///
     /// # Errors
     /// When the kernel gives no descriptors or no memory.
     pub fn new(cluster: Arc<dyn Cluster>) -> anyhow::Result<Deputy> {
         let mut set = SigSet::empty();
         set.add(Signal::SIGCHLD);
+        // Tells that somebody wants a file that is held.
+        set.add(Signal::SIGIO);
         set.thread_block()?;
         let (send, receive) = crossbeam_channel::unbounded();
         let wake = Arc::new(EventFd::from_flags(
@@ -98,6 +101,7 @@ impl Deputy {
     /// When the tracer itself fails; the kernel then kills what is traced.
     pub fn serve(mut self) -> anyhow::Result<()> {
         let result = self.home.run();
+        held::release_all(&self.shared);
         for link in self.shared.links.lock().values() {
             let header = Header::new(Kind::End as u16, 0, link.next_seq());
             if let Err(e) = link.send(0, header, &[&wire::encode(&wire::Errno(0))]) {

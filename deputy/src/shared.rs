@@ -16,6 +16,7 @@ use shim::track::Tracker;
 
 use crate::calls::Worker;
 use crate::files::Files;
+use crate::held::HeldFiles;
 use crate::hop::HopReady;
 use crate::launch::Arrived;
 use crate::outward::{Done, Ready, Wish};
@@ -135,6 +136,8 @@ pub struct Shared {
     pub catchers: RwLock<HashMap<i32, i32>>,
     /// Files that guests map.
     pub files: Files,
+    /// Files that guests map shared and writable.
+    pub held: HeldFiles,
     /// Open contacts by node.
     pub links: Mutex<HashMap<u32, Link>>,
     /// The cluster.
@@ -183,6 +186,7 @@ impl Shared {
             workers: RwLock::default(),
             catchers: RwLock::default(),
             files: Files::default(),
+            held: HeldFiles::new(),
             links: Mutex::default(),
             cluster,
             table: Mutex::default(),

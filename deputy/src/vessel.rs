@@ -360,6 +360,9 @@ impl Home {
         let Some(worker) = self.shared.worker(tid) else {
             return Ok(());
         };
+        if !crate::held::may_exec(&self.shared, tid, worker.pid, &reply) {
+            return Ok(());
+        }
         let posted = CallView::parse(&request.call).map(|view| {
             let known = [libc::SYS_execve as u32, libc::SYS_execveat as u32].contains(&view.nr);
             let args = syscall::place(&view, &worker.slot, worker.slot.data_address());
@@ -392,6 +395,7 @@ impl Home {
             return Ok(());
         };
         let pid = task.pid;
+        self.shared.held.settle(pid);
         let Some((reply, _)) = task.executing.take() else {
             return Ok(());
         };

@@ -138,8 +138,10 @@ impl AreaFlags {
     pub const HUGETLB: u32 = 1 << 14;
     /// Registered with userfaultfd.
     pub const UFFD: u32 = 1 << 15;
+    /// Shared, and can be made writable (mprotect(2)).
+    pub const MAY_WRITE: u32 = 1 << 16;
     /// Every known bit.
-    pub const ALL: u32 = (1 << 16) - 1;
+    pub const ALL: u32 = (1 << 17) - 1;
 
     /// Whether the bit (or all of the bits) `flag` is set.
     pub fn has(self, flag: u32) -> bool {
@@ -167,6 +169,13 @@ pub enum AreaKind {
         offset: u64,
         /// attached with shmat(2)
         sysv: bool,
+    },
+    /// A file mapped shared and writable, which home holds for the processes that map it ([`crate::wire::HeldFile`]).
+    Held {
+        /// its number
+        id: u64,
+        /// where the area begins in the file, bytes
+        offset: u64,
     },
     /// The kernel's vDSO code.
     Vdso,
@@ -532,6 +541,15 @@ pub struct ProcessImage {
 }
 
 impl ProcessImage {
+    /// The held files that it maps, once each ([`AreaKind::Held`]).
+    pub fn held(&self) -> std::collections::BTreeSet<u64> {
+        let held = |area: &Area| match area.kind {
+            AreaKind::Held { id, .. } => Some(id),
+            _ => None,
+        };
+        self.areas.iter().filter_map(held).collect()
+    }
+
     /// Checks an image that came from elsewhere. See the module's text for what holds afterwards.
     pub fn validate(&self) -> Result<(), ImageError> {
         bound("auxv", self.auxv.len(), MAX_AUXV)?;
@@ -581,7 +599,9 @@ pub fn validate_areas(areas: &[Area]) -> Result<(), ImageError> {
         let aligned = start % PAGE == 0 && end % PAGE == 0 && start < end && end <= USER_END;
         let known = area.prot.0 <= 7 && area.flags.0 & !AreaFlags::ALL == 0;
         let offset_ok = match area.kind {
-            AreaKind::File { offset, .. } | AreaKind::SharedAnon { offset, .. } => {
+            AreaKind::File { offset, .. }
+            | AreaKind::SharedAnon { offset, .. }
+            | AreaKind::Held { offset, .. } => {
                 offset % PAGE == 0
                     && offset
                         .checked_add(end.wrapping_sub(start))

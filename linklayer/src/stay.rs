@@ -196,8 +196,9 @@ impl StayReason {
                  home and goes on there. It can be moved again unless another reason forbids it; with `mosrun -e` such calls fail instead."
             }
             SharedMapping => {
-                "It maps a file shared and writable. Others at home may write or read the file at any moment, which cannot be the same \
-                 memory on another machine."
+                "It maps a file shared and writable that others at home may write or read at any moment, which cannot be the same memory \
+                 on another machine. What processes map on a node where nobody else has the file open can stay there until somebody opens \
+                 the file."
             }
             SharedMemory => {
                 "It shares anonymous memory with other processes of its job. They move together; System V shared memory stays at home."

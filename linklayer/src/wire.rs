@@ -68,6 +68,14 @@ pub enum Kind {
     /// Supervisor to deputy: which file is behind this descriptor, for mapping it ([`MapFile`]); answer
     /// [`MapFileReply`].
     MapFile = 10,
+    /// Supervisor to deputy: the content of a held file ([`HeldFile`]) has changed: u64 number of the file, u64 offset (little-endian) and the
+    /// bytes; without bytes: what has been written so far is to reach the disk. Answer [`Errno`].
+    HeldWrite = 73,
+    /// Deputy to supervisor: the content of a held file is wanted at home ([`HeldId`]). Answer [`Errno`]: 0 when all of it has been written
+    /// and nobody maps it any more, EINPROGRESS when those who do are on their way home, with it.
+    GiveBack = 74,
+    /// Supervisor to deputy: nobody maps a held file any more, and all of it has been written ([`HeldId`]); answer [`Errno`].
+    GivenBack = 75,
     /// Supervisor to deputy: a captured process comes home ([`Homecoming`]); answer [`Errno`] (0: lay-out is
     /// ready, send pages).
     Homecoming = 11,
@@ -170,7 +178,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_u16(n: u16) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 52] = [
+        const ALL: [Kind; 55] = [
             Call,
             Clone,
             Exec,
@@ -223,6 +231,9 @@ impl Kind {
             KnownPages,
             Known,
             FileHashes,
+            HeldWrite,
+            GiveBack,
+            GivenBack,
         ];
         ALL.into_iter().find(|k| *k as u16 == n)
     }
@@ -264,7 +275,7 @@ pub fn decode<T: Decode<()>>(bytes: &[u8]) -> Result<T, Malformed> {
     }
 }
 
-/// The id of the object, the offset and the bytes of a [`Kind::SharedPages`] frame.
+/// The id of the object, the offset and the bytes of a [`Kind::SharedPages`] or [`Kind::HeldWrite`] frame.
 pub fn shared_pages(payload: &[u8]) -> Result<(u64, u64, &[u8]), Malformed> {
     let Some((head, data)) = payload.split_first_chunk::<16>() else {
         let (what, why) = ("pages of shared memory", "no address".into());
@@ -448,9 +459,34 @@ pub enum MapFileReply {
     Errno(i32),
     /// Map this file.
     File(FileRef),
+    /// Map this file shared and writable.
+    Held(HeldFile),
     /// It can only be mapped at home.
     GoHome(crate::stay::StayReason),
 }
+
+/// A file that processes of the job, all of them on one node, are the only ones to have open and to map, and that home keeps everybody
+/// else from opening: so it can be mapped shared and writable there.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct HeldFile {
+    /// Number by which areas ([`crate::image::AreaKind::Held`]) and [`FileRead`] name it; unique in the job.
+    pub id: u64,
+    /// Size, bytes: at most [`MAX_HELD_BYTES`].
+    pub size: u64,
+    /// Device.
+    pub dev: u64,
+    /// Inode.
+    pub ino: u64,
+    /// Path at home, for /proc/PID/maps; not used to open anything.
+    pub path: Vec<u8>,
+}
+
+/// The number of a held file.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct HeldId(pub u64);
+
+/// Largest file that is held, bytes.
+pub const MAX_HELD_BYTES: u64 = 64 << 20;
 
 /// A process that comes home, without its pages.
 #[derive(Clone, Debug, Encode, Decode)]
@@ -468,6 +504,8 @@ pub struct Homecoming {
     pub vforks: Vec<Vfork>,
     /// It is to run before all of its memory has come.
     pub postcopy: bool,
+    /// The held files that it and the others of its group map. Their content has been written ([`Kind::HeldWrite`]).
+    pub held: Vec<u64>,
 }
 
 /// Anonymous memory that processes share (MAP_SHARED | MAP_ANONYMOUS).
@@ -631,7 +669,7 @@ mod tests {
             }
         }
         assert!(Kind::from_u16(0).is_none());
-        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 52);
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 55);
     }
 
     #[test]

@@ -368,6 +368,7 @@ fn a_process_with_threads_comes_home() {
             &workers[0].1,
             &|id| files.get(id as usize).cloned(),
             &|_| None,
+            &|_| None,
         )
         .unwrap();
         let memory = ProcessMemory::new(pid);

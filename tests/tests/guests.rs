@@ -34,7 +34,7 @@ macro_rules! guests {
 }
 
 guests! {
-    big_transfers, borrowed_memory, clocks, clone3, efault, exec_forms, exec_signals, fds, files, fork_wait, ipc, locks, long_paths, many_fds, memory, pipes,
+    big_transfers, borrowed_memory, clocks, clone3, efault, exec_forms, exec_signals, fds, files, fork_wait, ipc, locks, long_paths, many_fds, mapped_files, memory, pipes,
     pollers, prctls, proc_self, pty, restart, rlimits, robust, sessions, shared_memory, sigchld, signals, sigwait, spawn, stack, stop_blocked, storms, tcp,
     tempmask, thread_ends, threads, timer_threads, timers, tree, tty_jobs, unix_sockets, vfork,
 }
@@ -51,7 +51,7 @@ macro_rules! moved {
 // pipe has taken), `locks` (who has waited first), `timers` (how often one has expired that waits); and not `restart`, which takes
 // a minute.
 moved! {
-    borrowed_memory, clocks, clone3, efault, exec_forms, exec_signals, fds, files, fork_wait, ipc, long_paths, many_fds, memory, pipes,
+    borrowed_memory, clocks, clone3, efault, exec_forms, exec_signals, fds, files, fork_wait, ipc, long_paths, many_fds, mapped_files, memory, pipes,
     pollers, prctls, proc_self, pty, rlimits, robust, sessions, shared_memory, sigchld, signals, sigwait, spawn, stack, stop_blocked,
     storms, tcp, tempmask, thread_ends, threads, timer_threads, tree, tty_jobs, unix_sockets, vfork,
 }

@@ -41,6 +41,14 @@ fn python() -> Result<(Case, i32), Skip> {
     Ok((case.env("PYTHONDONTWRITEBYTECODE", "1"), 5))
 }
 
+fn multiprocess() -> Result<(Case, i32), Skip> {
+    let case = with(
+        &["multiprocess.py"],
+        &[&system("python3")?, "multiprocess.py", "spawn"],
+    );
+    Ok((case.env("PYTHONDONTWRITEBYTECODE", "1"), 6))
+}
+
 fn perl() -> Result<(Case, i32), Skip> {
     Ok((with(&["perl.pl"], &[&system("perl")?, "perl.pl"]), 3))
 }
@@ -188,7 +196,7 @@ macro_rules! programs {
 }
 
 programs! {
-    archives, compile, coreutils, go, java, make, node, openssl, perl, python, rust, shell, sqlite,
+    archives, compile, coreutils, go, java, make, multiprocess, node, openssl, perl, python, rust, shell, sqlite,
 }
 
 /// Away once more, with daemons and programs of a plain user.
@@ -209,5 +217,5 @@ macro_rules! plain {
 
 // The compiler of Rust is where only its owner gets at it: what it makes is run.
 plain! {
-    archives, compile, coreutils, go, java, make, node, openssl, perl, python, rust_program, shell, sqlite,
+    archives, compile, coreutils, go, java, make, multiprocess, node, openssl, perl, python, rust_program, shell, sqlite,
 }

@@ -27,6 +27,8 @@ pub enum SplitKind {
     Mmap,
     /// `mremap`: areas that the supervisor keeps account of may move.
     Mremap,
+    /// `msync`: what has changed of files that are mapped shared and writable is written at home.
+    Msync,
     /// The clone family: the vessel makes the real child or thread, then the guest gets one with the same id.
     Clone,
     /// `execve` and `execveat`: executed by the vessel; the new image is placed anew.

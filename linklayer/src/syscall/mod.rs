@@ -10,6 +10,7 @@
 //! the home kernel decides which error comes first. What cannot be copied exactly makes the process go home.
 
 mod builder;
+mod content;
 mod gather;
 mod home;
 mod kind;
@@ -22,6 +23,7 @@ mod terminal;
 mod transfer;
 mod vector;
 
+pub use content::content_of;
 pub use gather::{BODY_MAX, GatherError, Gathered, gather};
 pub use kind::{
     Actual, Arg, Blocking, Buf, CacheClass, Cmp, Dir, Disposition, HomeReason, Kind, Row, Rule, Scalar, Size,

@@ -84,6 +84,13 @@ impl Contact {
                 let (id, offset, data) = wire::shared_pages(&payload).map_err(|e| e.to_string())?;
                 shared.objects.write(id, offset, data)?;
             }
+            Kind::GiveBack => {
+                let id = body::<wire::HeldId>(&payload)?.0;
+                let shared = shared.clone();
+                self.shared
+                    .starter
+                    .start("held", move || answer.errno(super::held::wanted(&shared, id)));
+            }
             Kind::MoveTo => super::departure::begin(shared, body(&payload)?),
             Kind::LaunchGo => shared.post(Command::LaunchGo(body::<wire::Pid>(&payload)?.0)),
             Kind::Signal => {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use linklayer::image::ProcessImage;
 use linklayer::stay::StayReason;
 use linklayer::wire::{Phase, Times, Vfork};
-use shim::capture::shared_objects;
+use shim::capture::{held_by, shared_objects};
 
 use super::departure::{self, Departure, Failure};
 use super::faults::{self, Point};
@@ -160,6 +160,7 @@ impl Tracer {
         let spaces: HashSet<u64> = members.iter().map(|guest| guest.space).collect();
         let objects_of = |guest: &Guest| shared_objects(guest.memory.pid());
         let objects: HashSet<(u64, u64)> = members.iter().flat_map(|guest| objects_of(guest)).collect();
+        let held: HashSet<u64> = members.iter().flat_map(|guest| self.held_of(guest)).collect();
         self.shared
             .guests
             .read()
@@ -167,10 +168,20 @@ impl Tracer {
             .filter(|guest| !members.iter().any(|member| member.pid == guest.pid))
             .filter(|guest| {
                 spaces.contains(&guest.space)
+                    || (!held.is_empty() && self.held_of(guest).iter().any(|id| held.contains(id)))
                     || (!objects.is_empty() && objects_of(guest).iter().any(|id| objects.contains(id)))
             })
             .map(|guest| guest.pid)
             .collect()
+    }
+
+    /// The held files that a guest maps, has mapped, or is about to map.
+    fn held_of(&self, guest: &Guest) -> Vec<u64> {
+        let mut ids = self.shared.held.of(guest.pid);
+        if !self.shared.held.is_empty() {
+            ids.extend(held_by(guest.memory.pid()));
+        }
+        ids
     }
 
     fn capture_group(&mut self, members: &[Arc<Guest>]) -> anyhow::Result<Vec<Member>> {
@@ -283,9 +294,11 @@ impl Tracer {
             match &result {
                 Ok(()) => {
                     let _ = faults::at(Point::SourceAfter);
+                    self.shared.held.forget(self.held_of(&guest));
                     self.forget_guest(&guest)?;
                 }
                 Err(failure) => {
+                    self.shared.held.stay(self.held_of(&guest));
                     let why = &failure.why;
                     if matches!(
                         self.holds.get(&pid),

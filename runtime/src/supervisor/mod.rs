@@ -17,6 +17,7 @@ mod faults;
 pub mod files;
 mod guest;
 pub mod handshake;
+mod held;
 mod homeward;
 mod notify;
 mod postcopy;

@@ -146,11 +146,25 @@ fn home_maps(call: &Call, text: &str) -> String {
                 );
                 out.push_str(&format!("{prefix:<73}{}", String::from_utf8_lossy(&file.path)));
             }
+            None if line.contains(shim::capture::HELD) => out.push_str(&held_line(call, line)),
             None => out.push_str(&line.replace("/memfd:mosrun-shared (deleted)", "/dev/zero (deleted)")),
         }
         out.push('\n');
     }
     out
+}
+
+/// A line of a maps file about a held file, in home's words.
+fn held_line(call: &Call, line: &str) -> String {
+    let id = line.split_once(shim::capture::HELD).map_or("", |(_, id)| id);
+    let id = id.split_whitespace().next().and_then(|id| id.parse().ok());
+    let Some(file) = id.and_then(|id| call.shared.held.known(id)) else {
+        return line.into();
+    };
+    let fields: Vec<&str> = line.split_whitespace().take(3).collect();
+    let (major, minor) = (libc::major(file.dev), libc::minor(file.dev));
+    let prefix = format!("{} {major:02x}:{minor:02x} {} ", fields.join(" "), file.ino);
+    format!("{prefix:<73}{}", String::from_utf8_lossy(&file.path))
 }
 
 /// /proc/PID/status: memory, threads and signal masks are the guest's, everything else is home's.

@@ -96,6 +96,8 @@ pub struct Shared {
     pub threads: RwLock<HashMap<i32, Arc<Thread>>>,
     /// Home's files.
     pub files: FileStore,
+    /// Those that guests map shared and writable.
+    pub held: super::held::HeldFiles,
     /// The page store.
     pub stored: Stored,
     /// What processes share that are being built.
@@ -146,6 +148,7 @@ impl Shared {
             guests: RwLock::default(),
             threads: RwLock::default(),
             files: FileStore::new(file_limit_bytes),
+            held: Default::default(),
             objects: Objects::default(),
             cache_hits: AtomicU64::new(0),
             cache_misses: AtomicU64::new(0),
@@ -317,7 +320,7 @@ impl Shared {
     ///
     /// # Errors
     /// The contact is lost.
-    fn read_file(&self, id: u64, offset: u64, len: u32) -> std::io::Result<Vec<u8>> {
+    pub(super) fn read_file(&self, id: u64, offset: u64, len: u32) -> std::io::Result<Vec<u8>> {
         let body = wire::encode(&wire::FileRead { id, offset, len });
         self.ask(0, 0, Kind::FileRead, &body)
             .map_err(std::io::Error::other)

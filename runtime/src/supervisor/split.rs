@@ -16,6 +16,7 @@ use super::shared::Command;
 pub(super) fn split(call: &Call, row: &'static Row, kind: SplitKind) -> Result<Outcome, Outcome> {
     match kind {
         SplitKind::Mmap => mmap(call),
+        SplitKind::Msync => Ok(super::held::msync(call)),
         SplitKind::Mremap => Ok(Outcome::Continue),
         // The filter hands these to the tracer; a notification of one means that the filter is not ours.
         SplitKind::Clone => Ok(Outcome::GoHome("clone that the tracer did not see".into())),
@@ -81,10 +82,20 @@ fn mmap(call: &Call) -> Result<Outcome, Outcome> {
         fd: fd as i32,
         offset,
     };
-    match call.ask::<wire::MapFileReply>(Kind::MapFile, &wire::encode(&request))? {
-        wire::MapFileReply::Errno(errno) => Ok(Outcome::Value(-i64::from(errno))),
-        wire::MapFileReply::GoHome(reason) => Ok(Outcome::Stay(reason)),
-        wire::MapFileReply::File(file) => call.map_file(&file, fd as i32),
+    loop {
+        return match call.ask::<wire::MapFileReply>(Kind::MapFile, &wire::encode(&request))? {
+            wire::MapFileReply::Errno(errno) => Ok(Outcome::Value(-i64::from(errno))),
+            wire::MapFileReply::GoHome(reason) => Ok(Outcome::Stay(reason)),
+            wire::MapFileReply::File(file) => call.map_file(&file, fd as i32),
+            wire::MapFileReply::Held(file) => match super::held::map(call, &file, fd as i32)? {
+                Some(outcome) => Ok(outcome),
+                None => {
+                    // Until it is there.
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                    continue;
+                }
+            },
+        };
     }
 }
 
@@ -94,6 +105,7 @@ fn exec(call: &Call) -> Result<Outcome, Outcome> {
         Err(GatherError::GoHome(reason)) => return Ok(Outcome::GoHome(reason.text().into())),
         Err(GatherError::TooBig(_)) => return Ok(Outcome::GoHome(HomeReason::TooBig.text().into())),
     };
+    super::held::before_end(call);
     let guest = &call.thread.guest;
     let relayed = guest.relayed.lock().begin_exec();
     let status = super::guest::SignalStatus::read(call.thread.outer).unwrap_or_default();
@@ -121,6 +133,7 @@ fn exec(call: &Call) -> Result<Outcome, Outcome> {
 
 fn exit(call: &Call, kind: Kind) -> Result<Outcome, Outcome> {
     let group = kind == Kind::ExitGroup;
+    super::held::before_end(call);
     if group {
         call.thread.guest.leaving.store(true, Ordering::Release);
     }

@@ -576,6 +576,7 @@ impl Tracer {
             return;
         }
         self.shared.guests.write().remove(&guest.pid);
+        super::held::left(&self.shared, guest.pid);
         let alone = !self.shared.guests.read().values().any(|g| g.space == guest.space);
         if let Some(pager) = guest.memory.pager().filter(|_| alone) {
             pager.needless();

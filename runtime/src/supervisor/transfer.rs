@@ -1,6 +1,6 @@
 //! What a group of captured guests takes home with it, on its way.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,6 +18,7 @@ use shim::track::Tracker;
 
 use super::departure::{self, Departure, Failure, Parts};
 use super::faults::{self, Point};
+use super::held;
 use super::shared::{Command, Shared};
 
 /// A captured guest.
@@ -79,10 +80,18 @@ fn send(
     let lazy = |member: &Member| {
         members.len() == 1
             && shared_memory.named_by(&member.image).is_empty()
+            && member.image.held().is_empty()
             && member.own.as_ref().is_some_and(Departure::is_lazy)
     };
+    let held: BTreeSet<u64> = members
+        .iter()
+        .flat_map(|m| m.image.held().into_iter().chain(shared.held.of(m.pid)))
+        .collect();
+    shared.held.leave(&held, &group)?;
+    held::write_back(shared, held.iter().copied()).context("a mapped file")?;
     for member in &members {
         let body = wire::Homecoming {
+            held: held.iter().copied().collect(),
             image: member.image.clone(),
             reason: member.reason.clone(),
             group: group.clone(),

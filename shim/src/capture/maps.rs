@@ -30,10 +30,13 @@ pub struct MapLine {
     pub protection_key: u32,
 }
 
-/// The anonymous memory that a process maps shared: device and inode of each object. None when it is gone.
+/// The anonymous memory that a process maps shared, and the memory that stands for held files: device and inode of each object. None when
+/// it is gone.
 pub fn shared_objects(pid: i32) -> Vec<(u64, u64)> {
     let lines = map_lines(pid, false).unwrap_or_default();
-    let shared = lines.iter().filter(|line| line.shares_memory());
+    let shared = lines
+        .iter()
+        .filter(|line| line.shares_memory() || held_id(&line.path).is_some());
     shared.map(|line| (line.dev, line.ino)).collect()
 }
 
@@ -67,6 +70,9 @@ impl MapLine {
             if self.flags.contains(mark) {
                 flags |= flag;
             }
+        }
+        if self.shared && self.flags.contains(b"mw") {
+            flags |= AreaFlags::MAY_WRITE;
         }
         AreaFlags(flags)
     }
@@ -178,6 +184,22 @@ pub fn file_id(path: &[u8]) -> Option<u64> {
     std::str::from_utf8(name).ok()?.parse().ok()
 }
 
+/// How a memfd is named that stands for a held file, followed by its number.
+pub const HELD: &str = "mosrun-held-";
+
+/// The number in the name of such a memfd.
+pub fn held_id(path: &[u8]) -> Option<u64> {
+    let name = path.strip_suffix(DELETED).unwrap_or(path);
+    let name = std::str::from_utf8(name).ok()?.strip_prefix("/memfd:")?;
+    name.strip_prefix(HELD)?.parse().ok()
+}
+
+/// The held files that a process maps. None when it is gone.
+pub fn held_by(pid: i32) -> Vec<u64> {
+    let lines = map_lines(pid, false).unwrap_or_default();
+    lines.iter().filter_map(|line| held_id(&line.path)).collect()
+}
+
 /// Whether an area is part of what a deputy or supervisor keeps in a process.
 pub fn reserved(range: &Range<u64>) -> bool {
     range.start >= RESERVED.start && range.end <= RESERVED.end
@@ -200,5 +222,8 @@ mod tests {
         assert!(parse_line(b"Size:                  4 kB").is_none());
         assert_eq!(file_id(b"/memfd:mosrun-17 (deleted)"), Some(17));
         assert_eq!(file_id(b"/memfd:other"), None);
+        assert_eq!(file_id(b"/memfd:mosrun-held-17 (deleted)"), None);
+        assert_eq!(held_id(b"/memfd:mosrun-held-17 (deleted)"), Some(17));
+        assert_eq!(held_id(b"/memfd:mosrun-17 (deleted)"), None);
     }
 }

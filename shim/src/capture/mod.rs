@@ -22,7 +22,9 @@ use crate::restore::{SCRATCH, TRAMPOLINE};
 use crate::vessel::stub;
 use crate::xstate;
 
-pub use maps::{MapLine, file_id, map_lines, private_memory, reserved, shared_objects};
+pub use maps::{
+    HELD, MapLine, file_id, held_by, held_id, map_lines, private_memory, reserved, shared_objects,
+};
 pub(crate) use pages::{Found, scan_written};
 pub use pages::{page_runs, page_runs_of};
 pub use send::{SendError, learn_known, send_pages, send_process};
@@ -95,6 +97,11 @@ fn area(
             if let Some(file_id) = file_id(path) {
                 AreaKind::File {
                     file_id,
+                    offset: line.offset,
+                }
+            } else if let Some(id) = maps::held_id(path) {
+                AreaKind::Held {
+                    id,
                     offset: line.offset,
                 }
             } else if line.shares_memory() || path.starts_with(b"/SYSV") {

@@ -54,7 +54,7 @@ pub fn page_runs(pid: i32, area: &Area) -> io::Result<Vec<Range<u64>>> {
     if area.shared() && matches!(area.kind, AreaKind::File { .. }) {
         return Ok(Vec::new());
     }
-    if matches!(area.kind, AreaKind::SharedAnon { .. }) {
+    if matches!(area.kind, AreaKind::SharedAnon { .. } | AreaKind::Held { .. }) {
         // It is not of this process alone ([`super::SharedObjects`]).
         return Ok(Vec::new());
     }

@@ -23,6 +23,11 @@ const SLOTS: usize = 4096;
 /// Size of the arena, bytes.
 pub const ARENA_LEN: usize = SLOT_LEN * SLOTS;
 
+/// Where vessels map held files, each as long as it is and without access: what the file is mapped from at homecoming, when nobody can open
+/// it.
+pub const KEEPERS: std::ops::Range<u64> = 0x1000_8000_0000..0x1000_c000_0000;
+
+const _: () = assert!(ARENA_ADDRESS + ARENA_LEN as u64 <= KEEPERS.start && KEEPERS.end <= HOLE);
 const _: () = assert!(DATA_AT + SLOT_DATA_LEN <= SLOT_LEN);
 const _: () = assert!(
     ARENA_ADDRESS + ARENA_LEN as u64 <= HOLE,

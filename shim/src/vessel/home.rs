@@ -13,7 +13,7 @@ use std::sync::Arc;
 use linklayer::image::{Area, AreaFlags, AreaKind, PAGE, ProcessImage, SigInfo, ThreadImage};
 use nix::errno::Errno;
 
-use super::{ARENA_ADDRESS, ARENA_LEN, Raised, Slot, Vessel, VesselError};
+use super::{ARENA_ADDRESS, ARENA_LEN, KEEPERS, Raised, Slot, Vessel, VesselError};
 use crate::capture::{self, MapLine, map_lines, reserved, vdso_site};
 use crate::memory::ProcessMemory;
 use crate::ptrace::{self, Stop, Stopped};
@@ -33,7 +33,8 @@ enum Change<'a> {
 impl Vessel {
     /// Makes the areas of a vessel those of the image. It waits for the vessel, which may be stopped: not for the thread
     /// that traces it. `worker` is one of its idle workers; `file` gives the open file
-    /// behind a number, `object` the one behind the id of shared anonymous memory, which is mapped anew.
+    /// behind a number, `object` the one behind the id of shared anonymous memory, which is mapped anew, and `keeper` tells where the vessel
+    /// keeps a held file ([`Vessel::keep`]).
     ///
     /// # Errors
     /// A call that fails. The vessel then still executes calls, and the guest may go on.
@@ -42,6 +43,7 @@ impl Vessel {
         worker: &Slot,
         file: &dyn Fn(u64) -> Option<Arc<File>>,
         object: &dyn Fn(u64) -> Option<Arc<File>>,
+        keeper: &dyn Fn(u64) -> Option<Range<u64>>,
     ) -> Result<(), VesselError> {
         for thread in &image.threads {
             xstate::fits(&thread.xstate, &image.xstate_layout)?;
@@ -61,7 +63,15 @@ impl Vessel {
                     let args = [r.start, r.end - r.start, u64::from(prot), 0, 0, 0];
                     call("mprotect", libc::SYS_mprotect, args)?;
                 }
-                Change::Map(r, area) => map(worker, &call, &r, area, file, object)?,
+                Change::Map(r, area) => match area.kind {
+                    AreaKind::Held { id, offset } => {
+                        let offset = offset + (r.start - area.start);
+                        let from = keeper(id).filter(|from| offset < from.end - from.start);
+                        let from = from.ok_or(missing("held file of a mapping"))?.start + offset;
+                        map_kept(&call, from, &r, area.prot.0)?;
+                    }
+                    _ => map(worker, &call, &r, area, file, object)?,
+                },
                 Change::Advise(r, advice) => {
                     let args = [r.start, r.end - r.start, advice as u64, 0, 0, 0];
                     let done = call("madvise", libc::SYS_madvise, args);
@@ -98,6 +108,18 @@ impl Vessel {
             libc::SYS_prctl,
             [35, 14, worker.data_address(), 104, 0, 0],
         )?;
+        Ok(())
+    }
+
+    /// Maps a file of a vessel, named by one of its own descriptors, at an address of [`KEEPERS`], by one of its idle workers.
+    ///
+    /// # Errors
+    /// A call that fails, which changes nothing.
+    pub fn keep(tid: i32, worker: &Slot, fd: i32, at: Range<u64>) -> Result<(), VesselError> {
+        let _raised = Raised::new(tid, &[libc::RLIMIT_AS]);
+        let flags = (libc::MAP_SHARED | libc::MAP_FIXED) as u64;
+        let args = [at.start, at.end - at.start, 0, flags, fd as u64, 0];
+        call(worker, "mmap of a held file", libc::SYS_mmap, args)?;
         Ok(())
     }
 
@@ -209,6 +231,8 @@ impl Homebound<'_> {
                 calls.call("munmap", libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0])?;
                 let arena = [ARENA_ADDRESS, ARENA_LEN as u64, 0, 0, 0, 0];
                 calls.call("munmap", libc::SYS_munmap, arena)?;
+                let keepers = [KEEPERS.start, KEEPERS.end - KEEPERS.start, 0, 0, 0, 0];
+                calls.call("munmap", libc::SYS_munmap, keepers)?;
             }
             set_xstate(calls.stopped(), thread, &self.image.xstate_layout)?;
             running.push(calls.end_with(&thread.resumed(), thread.sigmask)?);
@@ -351,6 +375,30 @@ fn same(line: &MapLine, area: &Area, at: u64, file: &dyn Fn(u64) -> Option<Arc<F
     }
 }
 
+fn missing(what: &'static str) -> VesselError {
+    VesselError::Slot {
+        what,
+        errno: Errno::ENOENT,
+    }
+}
+
+/// Maps a part of a held file at its place: a remapping of nothing (old size 0) of a shared mapping makes another of the same
+/// (mremap(2)), for which the file need not be opened.
+fn map_kept(
+    call: &dyn Fn(&'static str, i64, [u64; 6]) -> Result<u64, VesselError>,
+    from: u64,
+    range: &Range<u64>,
+    prot: u8,
+) -> Result<(), VesselError> {
+    let len = range.end - range.start;
+    let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+    let args = [from, 0, len, flags, range.start, 0];
+    call("mremap of a held file", libc::SYS_mremap, args)?;
+    let args = [range.start, len, u64::from(prot), 0, 0, 0];
+    call("mprotect of a held file", libc::SYS_mprotect, args)?;
+    Ok(())
+}
+
 fn map(
     worker: &Slot,
     call: &dyn Fn(&'static str, i64, [u64; 6]) -> Result<u64, VesselError>,
@@ -374,10 +422,6 @@ fn map(
     let len = range.end - range.start;
     let prot = u64::from(area.prot.0);
     let args = |flags: i32, fd: u64, offset| [range.start, len, prot, flags as u64, fd, offset];
-    let missing = |what| VesselError::Slot {
-        what,
-        errno: Errno::ENOENT,
-    };
     let (backing, access, offset) = match area.kind {
         AreaKind::File { file_id, offset } => {
             let file = file(file_id).ok_or(missing("file of a mapping"))?;

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use linklayer::image::{PAGE, Regs, SigAction, SigInfo};
 
-pub use arena::{ARENA_ADDRESS, ARENA_LEN, Arena, Slot};
+pub use arena::{ARENA_ADDRESS, ARENA_LEN, Arena, KEEPERS, Slot};
 pub use home::Homebound;
 
 use crate::capture::{self, CaptureError, map_lines, reserved, vdso_site};

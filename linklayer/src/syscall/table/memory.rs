@@ -13,12 +13,12 @@ const NUMA_NOTE: &str = "Concerns the node where the guest is; not carried along
 define_rows! {
     9 mmap(addr: ADDR, length: SIZE, prot: FLAGS, flags: FLAGS, fd: FD, offset: LONG) Split(SplitKind::Mmap),
         rules: &[Rule { when: &[ANON_PRIVATE], then: Local }],
-        note: "Private anonymous memory: local. Files: private and read-only mappings are filled from home; writable shared mappings that others can see, and huge pages: goes home.";
+        note: "Private anonymous memory: local. Files: private and read-only mappings are filled from home; shared mappings that can be written are made where nobody else has the file open, and go home otherwise; huge pages: goes home.";
     10 mprotect(addr: ADDR, length: SIZE, prot: FLAGS) Local;
     11 munmap(addr: ADDR, length: SIZE) Local;
     12 brk(addr: ADDR) Local;
     25 mremap(old: ADDR, old_size: SIZE, new_size: SIZE, flags: FLAGS, new: ADDR) Split(SplitKind::Mremap);
-    26 msync(addr: ADDR, length: SIZE, flags: INT) Local, note: "No writable mapping of a file at home exists while away.";
+    26 msync(addr: ADDR, length: SIZE, flags: INT) Split(SplitKind::Msync), blocking: May, note: "What has changed of files that are mapped shared and writable is written at home first.";
     27 mincore(addr: ADDR, length: SIZE, vec: ADDR) Local, note: "Tells what is resident at the node where the guest is.";
     28 madvise(addr: ADDR, length: SIZE, advice: INT) Local;
     149 mlock(addr: ADDR, length: SIZE) Local, note: LOCK_NOTE;
