@@ -26,7 +26,7 @@ pub const MAX_AUXV: usize = 4096;
 /// Most bytes of a vDSO.
 pub const MAX_VDSO: usize = 64 * 1024;
 /// Most pending signals of one queue.
-pub const MAX_PENDING: usize = 4096;
+pub const MAX_PENDING: usize = 16_384;
 /// Number of signals of x86_64 Linux (1..=64).
 pub const SIGNALS: usize = 64;
 
@@ -280,6 +280,12 @@ impl Regs {
         [self.rdi, self.rsi, self.rdx, self.r10, self.r8, self.r9]
     }
 
+    /// What tells one wait of a thread from another, of registers in front of its call.
+    pub fn marks(&self) -> [u64; 8] {
+        let [a, b, c, d, e, f] = self.call_args();
+        [self.rip, self.rsp, a, b, c, d, e, f]
+    }
+
     /// Sets the number and the six arguments of a system call.
     pub fn set_call(&mut self, nr: u64, args: [u64; 6]) {
         self.rax = nr;
@@ -288,9 +294,37 @@ impl Regs {
 }
 
 /// A siginfo_t as the kernel lays it out (128 bytes; sigaction(2)).
-#[derive(Clone, Copy, PartialEq, Eq, Encode, Decode)]
+///
+/// On the wire it ends with its last byte that is not zero: most take a quarter of it, and thousands may be pending.
+#[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(C, align(8))]
 pub struct SigInfo(pub [u8; 128]);
+
+impl Encode for SigInfo {
+    fn encode<E: bincode::enc::Encoder>(&self, encoder: &mut E) -> Result<(), bincode::error::EncodeError> {
+        let used = self.0.iter().rposition(|b| *b != 0).map_or(0, |last| last + 1);
+        self.0[..used].encode(encoder)
+    }
+}
+
+impl<Context> Decode<Context> for SigInfo {
+    fn decode<D: bincode::de::Decoder<Context = Context>>(
+        decoder: &mut D,
+    ) -> Result<Self, bincode::error::DecodeError> {
+        let mut info = SigInfo::default();
+        let len = usize::try_from(u64::decode(decoder)?).unwrap_or(usize::MAX);
+        let used = info
+            .0
+            .get_mut(..len)
+            .ok_or(bincode::error::DecodeError::Other("a siginfo_t has 128 bytes"))?;
+        for byte in used {
+            *byte = u8::decode(decoder)?;
+        }
+        Ok(info)
+    }
+}
+
+bincode::impl_borrow_decode!(SigInfo);
 
 impl Default for SigInfo {
     fn default() -> Self {
@@ -688,6 +722,25 @@ mod tests {
             bincode::decode_from_slice(&bytes, bincode::config::standard()).unwrap();
         assert_eq!(used, bytes.len());
         assert_eq!(back, image);
+    }
+
+    #[test]
+    fn pending_signals_take_what_they_need() {
+        let config = bincode::config::standard();
+        let mut full = SigInfo([7; 128]);
+        full.0[3] = 0;
+        for (info, most) in [
+            (SigInfo::user(10, 0, 77, 1000), 25),
+            (SigInfo::default(), 1),
+            (full, 129),
+        ] {
+            let bytes = bincode::encode_to_vec(info, config).unwrap();
+            assert!(bytes.len() <= most, "{} bytes", bytes.len());
+            let (back, used): (SigInfo, _) = bincode::decode_from_slice(&bytes, config).unwrap();
+            assert_eq!((back, used), (info, bytes.len()));
+        }
+        let long = bincode::encode_to_vec(vec![1u8; 129], config).unwrap();
+        assert!(bincode::decode_from_slice::<SigInfo, _>(&long, config).is_err());
     }
 
     #[test]

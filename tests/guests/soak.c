@@ -257,7 +257,8 @@ static void *waiter(void *unused) {
 
 int main(int argc, char **argv) {
     if (argc == 3) {
-        rain_on(atoi(argv[1]), (int[]){HANDLED, AWAITED}, 2, atol(argv[2]), 1000 * 1000);
+        /* with 25 for each move it rains about as long as it is moved */
+        rain_on(atoi(argv[1]), (int[]){HANDLED, AWAITED}, 2, atol(argv[2]), 4 * 1000 * 1000);
         return 0;
     }
     struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART};
