@@ -10,7 +10,7 @@
 //!   thread, which has the restart block, sleeps on.
 //! - poll(2) and FUTEX_WAIT with a relative timeout need memory that is away. The process leaves when they are over.
 
-use linklayer::image::{ProcessImage, Regs, Sleep, ThreadImage};
+use linklayer::image::{ProcessImage, Rewound, Sleep, ThreadImage};
 use shim::memory::ProcessMemory;
 
 use crate::home::Home;
@@ -20,12 +20,6 @@ const RESTART_BLOCK: i32 = -516;
 /// Below the stack pointer, behind what a function without frame may use (System V ABI, red zone), bytes.
 const BELOW_STACK: u64 = 128 + 64;
 
-/// What tells one wait of a thread from another.
-fn marks(regs: &Regs) -> [u64; 8] {
-    let [a, b, c, d, e, f] = regs.call_args();
-    [regs.rip, regs.rsp, a, b, c, d, e, f]
-}
-
 impl Home {
     /// Takes note of the threads of a process that came home whose sleeps have gone on here all the time.
     pub(crate) fn remember_waits(&mut self, image: &ProcessImage) {
@@ -33,7 +27,7 @@ impl Home {
         let sleeping = |t: &&ThreadImage| t.rewound.is_some() && t.regs.rax == u64::from(restart);
         for thread in image.threads.iter().filter(sleeping) {
             if let Some(task) = self.tasks.get_mut(&thread.tid) {
-                task.waiting = Some((restart, marks(&thread.regs)));
+                task.waiting = Some((restart, thread.regs.marks()));
             }
         }
     }
@@ -43,10 +37,12 @@ impl Home {
         let memory = ProcessMemory::new(image.reached_by());
         let mut known = true;
         for thread in &mut image.threads {
-            let Some(rewound) = thread.rewound.filter(|r| r.code == RESTART_BLOCK) else {
+            // The kernel may have made it ready to be made again.
+            let by_kernel = |r: &Rewound| r.code == RESTART_BLOCK || r.nr == libc::SYS_restart_syscall as u32;
+            let Some(rewound) = thread.rewound.filter(by_kernel) else {
                 continue;
             };
-            let marks = marks(&thread.regs);
+            let marks = thread.regs.marks();
             let Some(task) = self.tasks.get_mut(&thread.tid) else {
                 continue;
             };
@@ -109,6 +105,8 @@ fn settle(thread: &mut ThreadImage, nr: u32, memory: &ProcessMemory) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use linklayer::image::Regs;
+
     use super::*;
 
     fn thread(args: [u64; 6], rsp: u64) -> ThreadImage {

@@ -428,6 +428,132 @@ fn pages_that_were_put_early_are_where_they_belong_in_the_end() {
     assert!(cage.teardown(Duration::from_secs(2)));
 }
 
+/// A thread that was let go on is stopped again before its kernel has made its sleep again.
+#[test]
+fn a_restart_that_has_not_come_about_is_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "waits", WAITS, &[]);
+    let (mut guest, stopped) = Guest::start(&program, &["nanosleep"]);
+    stopped.cont(0).unwrap();
+    assert_eq!(guest.line(), "ready");
+    let mut threads = loop {
+        let threads = stop_all(guest.pid);
+        if threads[0].regs().unwrap().rax as i64 == -516 {
+            break threads;
+        }
+        go(threads);
+    };
+    let mut regs = threads[0].regs().unwrap();
+    let nr = regs.orig_rax as u32;
+    let restart = libc::SYS_restart_syscall as u32;
+    let described = |threads: &mut [Stopped]| capture(guest.pid, threads).image.threads.remove(0);
+    let again = |nr, code| Some(linklayer::image::Rewound { nr, code });
+    assert_eq!(described(&mut threads).rewound, again(nr, -516));
+    // In the kernel, and in its own code.
+    regs.rip -= 2;
+    regs.rax = u64::from(restart);
+    for orig_rax in [u64::from(nr), u64::MAX] {
+        threads[0]
+            .set_regs(&linklayer::image::Regs { orig_rax, ..regs })
+            .unwrap();
+        let image = described(&mut threads);
+        assert_eq!(image.rewound, again(restart, -513));
+        assert_eq!((image.regs.rip, image.regs.rax), (regs.rip, regs.rax));
+    }
+    // A call that it was going to make anyway.
+    regs.rax = u64::from(nr);
+    let orig_rax = u64::MAX;
+    threads[0]
+        .set_regs(&linklayer::image::Regs { orig_rax, ..regs })
+        .unwrap();
+    assert_eq!(described(&mut threads).rewound, None);
+    end(guest.pid);
+}
+
+#[test]
+fn who_was_killed_has_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "waits", WAITS, &[]);
+    let (guest, stopped) = Guest::start(&program, &["poll"]);
+    kill(Pid::from_raw(guest.pid), Signal::SIGKILL).unwrap();
+    let described = shim::capture::describe(guest.pid, &mut [stopped], 0, |_| Ok(0));
+    let why = described.unwrap_err();
+    assert!(
+        why.is_gone() && why.to_string() == "the process has ended",
+        "{why:?}"
+    );
+}
+
+const LEADERLESS: &str = r#"
+    #define _GNU_SOURCE
+    #include <pthread.h>
+    #include <signal.h>
+    #include <stdio.h>
+    #include <unistd.h>
+    static pthread_t first;
+    static void *rest(void *unused) {
+        sigset_t set;
+        siginfo_t info;
+        pthread_join(first, 0);
+        puts("ready");
+        fflush(stdout);
+        sigemptyset(&set);
+        sigaddset(&set, SIGUSR2);
+        if (sigwaitinfo(&set, &info) != SIGUSR2) _exit(1);
+        _exit(info.si_code == SI_USER && info.si_pid == 77 ? 42 : 2);
+    }
+    int main(void) {
+        sigset_t set;
+        sigemptyset(&set);
+        sigaddset(&set, SIGUSR2);
+        sigprocmask(SIG_BLOCK, &set, 0);
+        pthread_t thread;
+        first = pthread_self();
+        pthread_create(&thread, 0, rest, 0);
+        pthread_exit(0);
+    }"#;
+
+/// Only the very thread that has the number may queue a code of the kernel's for it.
+#[test]
+fn what_is_pending_survives_the_first_thread() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "leaderless", LEADERLESS, &[]);
+    let (mut guest, stopped) = Guest::start(&program, &[]);
+    let pid = guest.pid;
+    stopped.cont(0).unwrap();
+    loop {
+        match wait(Target::Mine, false).unwrap() {
+            Some((tid, Status::Stopped(stopped))) => {
+                stopped.cont(0).unwrap();
+                if tid != pid {
+                    break;
+                }
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    while !shim::process::has_ended(pid) {
+        if let Some((_, Status::Stopped(stopped))) = wait(Target::Mine, true).unwrap() {
+            stopped.cont(0).unwrap();
+        }
+    }
+    assert_eq!(guest.line(), "ready");
+    let mut captured = capture(pid, &mut stop_all(pid));
+    assert!(captured.image.leader_ended());
+    end(pid);
+    captured.image.pending = vec![linklayer::image::SigInfo::user(libc::SIGUSR2, 0, 77, 88)];
+    let cage = cage();
+    let mut built = build(&cage, &captured);
+    let outer = built.pid();
+    built
+        .start_threads(&mut |tid| cage.set_last_pid(tid - 1).map_err(std::io::Error::other))
+        .unwrap();
+    go(built.finish_all().unwrap());
+    let status = run_to_end(outer);
+    assert!(matches!(status, Status::Exited(42)), "{status:?}");
+    assert!(cage.teardown(Duration::from_secs(2)));
+}
+
 #[test]
 fn a_shell_takes_many_descriptors() {
     let cage = cage();

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use linklayer::image::{AreaKind, ProcessImage};
+use linklayer::image::{AreaKind, ProcessImage, ThreadImage};
 use linklayer::pages::Kept;
 use linklayer::stay::StayReason;
 use linklayer::wire;
@@ -22,7 +22,7 @@ use super::contact::Build;
 use super::faults::{self, Point};
 use super::guest::{Guest, Thread};
 use super::notify::{Pool, Turn};
-use super::tracer::{Traced, Tracer};
+use super::tracer::{RESTARTSYS, Traced, Tracer};
 
 /// Most timers whose overruns come with a process.
 const MAX_TIMERS: usize = 64;
@@ -153,8 +153,8 @@ impl Tracer {
                 state.is_some_and(|t| t.rewound.is_some() && t.regs.rax == libc::SYS_restart_syscall as u64);
             thread.sleeps_at_home.store(at_home, Ordering::Release);
             // Its restart code is none of this kernel's.
-            let interrupted = state.is_some_and(|t| t.rewound.is_some());
-            thread.answered.store(interrupted, Ordering::Release);
+            let begun = |t: &ThreadImage| t.rewound.is_some_and(|r| i64::from(r.code) == RESTARTSYS);
+            thread.answered.store(state.is_some_and(begun), Ordering::Release);
             self.shared.threads.write().insert(outer, thread.clone());
             self.threads.insert(outer, Traced::new(thread));
         }

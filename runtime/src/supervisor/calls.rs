@@ -332,6 +332,7 @@ impl Call<'_> {
         if let InCall::Forwarded(f) = before {
             *self.thread.sleep.lock() = Some(Wait {
                 nr: f.nr,
+                args: self.args,
                 started: f.started,
                 timeout: None,
             });

@@ -6,28 +6,56 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use linklayer::image::{Sleep, ThreadImage};
+use linklayer::image::{Regs, Sleep, ThreadImage};
 use linklayer::memory::GuestMemory;
+use linklayer::stay::StayReason;
 
-use super::guest::Thread;
+use super::guest::{Thread, Wait};
 
 /// Room below the stack pointer that a function without frame may use (System V ABI, red zone), bytes.
 const RED_ZONE: u64 = 128;
 
 /// Shortens the timeout of the call that `image` will make again, if it is one that began at a known time. `waiting` is the wait
-/// that this kernel restarts with restart_syscall(2), `ahead_ns` how far home's CLOCK_MONOTONIC is ahead of this node's.
-pub(super) fn keep(thread: &Thread, waiting: Option<u32>, image: &mut ThreadImage, ahead_ns: i64) {
-    let Some(rewound) = image.rewound else { return };
+/// that this kernel restarts with restart_syscall(2), with its marks, `ahead_ns` how far home's CLOCK_MONOTONIC is ahead of this
+/// node's.
+///
+/// # Errors
+/// Which wait is restarted is not known: this kernel has interrupted it without anybody seeing it, for a signal that another thread
+/// took. It cannot be made again elsewhere.
+pub(super) fn keep(
+    thread: &Thread,
+    waiting: Option<(u32, [u64; 8])>,
+    image: &mut ThreadImage,
+    ahead_ns: i64,
+) -> Result<(), StayReason> {
+    let Some(rewound) = image.rewound else {
+        return Ok(());
+    };
     let mut made_again = rewound.nr;
     if i64::from(rewound.nr) == libc::SYS_restart_syscall {
         if thread.sleeps_at_home.load(Ordering::Acquire) {
             // Home's kernel knows how to go on.
-            return;
+            return Ok(());
         }
-        let Some(waiting) = waiting else { return };
-        made_again = waiting;
-        image.regs.rax = u64::from(waiting);
+        made_again = restarted(&image.regs, waiting, *thread.sleep.lock()).ok_or(StayReason::TimedWait)?;
+        image.regs.rax = u64::from(made_again);
     }
+    shorten(thread, made_again, image, ahead_ns);
+    Ok(())
+}
+
+/// Number of the wait that a thread with these registers restarts: the one that it was seen in, or the one that it began last.
+fn restarted(regs: &Regs, waiting: Option<(u32, [u64; 8])>, last: Option<Wait>) -> Option<u32> {
+    let seen = waiting
+        .filter(|(_, marks)| *marks == regs.marks())
+        .map(|(nr, _)| nr);
+    seen.or_else(|| {
+        last.filter(|wait| wait.args == regs.call_args())
+            .map(|wait| wait.nr)
+    })
+}
+
+fn shorten(thread: &Thread, made_again: u32, image: &mut ThreadImage, ahead_ns: i64) {
     let Some(wait) = thread.sleep.lock().filter(|w| w.nr == made_again) else {
         return;
     };
@@ -86,6 +114,31 @@ fn shortened(thread: &Thread, image: &ThreadImage, left: Option<Duration>, ahead
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_wait_that_is_restarted_is_known_by_its_arguments() {
+        let sleep = Wait {
+            nr: libc::SYS_clock_nanosleep as u32,
+            args: [0, 0, 0x7000, 0, 5, 6],
+            started: std::time::Instant::now(),
+            timeout: None,
+        };
+        let mut regs = Regs::default();
+        regs.set_call(libc::SYS_restart_syscall as u64, sleep.args);
+        let futex = libc::SYS_futex as u32;
+        assert_eq!(
+            restarted(&regs, Some((futex, regs.marks())), Some(sleep)),
+            Some(futex)
+        );
+        // A wait from before, at another place or with other arguments.
+        let elsewhere = Regs { rsp: 8, ..regs }.marks();
+        assert_eq!(
+            restarted(&regs, Some((futex, elsewhere)), Some(sleep)),
+            Some(sleep.nr)
+        );
+        regs.rdx += 16;
+        assert_eq!(restarted(&regs, Some((futex, elsewhere)), Some(sleep)), None);
+    }
 
     #[test]
     fn timeouts_shrink_and_for_ever_stays() {

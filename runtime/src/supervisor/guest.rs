@@ -218,6 +218,8 @@ impl Drop for Thread {
 pub struct Wait {
     /// The system call's number.
     pub nr: u32,
+    /// Its arguments.
+    pub args: [u64; 6],
     /// When it began.
     pub started: Instant,
     /// The timeout of a call that takes it from a timespec, as it was then: the kernel may write what is left to the same place.
@@ -239,6 +241,7 @@ impl Wait {
         };
         Wait {
             nr,
+            args: *args,
             timeout: timeout(),
             started: Instant::now(),
         }

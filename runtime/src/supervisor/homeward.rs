@@ -261,7 +261,7 @@ impl Tracer {
                 {
                     rewound.code = RESTARTNOINTR as i32;
                 }
-                super::deadline::keep(&own.thread, own.waiting, thread, ahead.monotonic_ns);
+                super::deadline::keep(&own.thread, own.waiting, thread, ahead.monotonic_ns)?;
             }
             thread.tid = ids.get(&thread.tid).copied().unwrap_or(thread.tid);
         }

@@ -29,6 +29,8 @@ pub(super) struct Fix {
     token: u64,
     signal: i32,
     info: SigInfo,
+    /// It was queued for the very thread that it is kept with, which counts it.
+    counted: bool,
 }
 
 impl Fix {
@@ -167,6 +169,7 @@ impl Tracer {
                 token,
                 signal: sig,
                 info,
+                counted: target.is_some(),
             });
         }
         let Some(thread) = target else {
@@ -227,8 +230,11 @@ impl Tracer {
         let traced = self.threads.get_mut(&outer)?;
         let guest = traced.thread.guest.clone();
         let own = traced.fixes.iter().position(&is).map(|at| {
-            traced.thread.queued.fetch_sub(1, Ordering::AcqRel);
-            traced.fixes.remove(at)
+            let fix = traced.fixes.remove(at);
+            if fix.counted {
+                traced.thread.queued.fetch_sub(1, Ordering::AcqRel);
+            }
+            fix
         });
         // A process-directed signal that was blocked everywhere is kept with the leader.
         let fix = own.or_else(|| {

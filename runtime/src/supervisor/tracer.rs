@@ -92,8 +92,8 @@ pub(super) struct Traced {
     pub(super) cloning: Option<super::clone::Cloning>,
     /// It waits in rt_sigtimedwait(2).
     pub(super) waits: Option<super::signals::SignalWait>,
-    /// The wait of this kernel's that it was last seen in, which is restarted under another number.
-    pub(super) waiting: Option<u32>,
+    /// The wait of this kernel's that it was last seen in, which is restarted under another number, and what tells it again.
+    pub(super) waiting: Option<(u32, [u64; 8])>,
     /// It waits in vfork for this child; stopped just after its call.
     pub(super) vfork: Option<(i32, Stopped)>,
 }
@@ -116,7 +116,11 @@ impl Traced {
     /// Takes note of a wait that the kernel will restart with restart_syscall(2).
     fn note_wait(&mut self, regs: &Regs) {
         if regs.rax as i64 == RESTART_BLOCK && regs.orig_rax != libc::SYS_restart_syscall as u64 {
-            self.waiting = u32::try_from(regs.orig_rax).ok();
+            let call = Regs {
+                rip: regs.rip.wrapping_sub(2),
+                ..*regs
+            };
+            self.waiting = u32::try_from(regs.orig_rax).ok().map(|nr| (nr, call.marks()));
         }
     }
 }

@@ -10,7 +10,7 @@ use std::io;
 use std::ops::Range;
 
 use linklayer::image::{
-    AltStack, Area, AreaFlags, AreaKind, Clocks, Limit, MmFields, PAGE, ProcessImage, Prot, RESERVED,
+    AltStack, Area, AreaFlags, AreaKind, Clocks, Limit, MmFields, PAGE, ProcessImage, Prot, RESERVED, Regs,
     Rewound, SIGNALS, SigAction, ThreadImage,
 };
 use linklayer::stay::StayReason;
@@ -44,6 +44,9 @@ pub enum CaptureError {
     /// /proc could not be read.
     #[error("/proc: {0}")]
     Proc(#[from] io::Error),
+    /// It has ended, or is about to.
+    #[error("the process has ended")]
+    Ended,
     /// It cannot be moved as it is.
     #[error("it {0}")]
     Unsuitable(StayReason),
@@ -55,7 +58,12 @@ impl CaptureError {
         match self {
             CaptureError::Call(error) => error.is_gone(),
             CaptureError::Ptrace(error) => error.is_gone(),
-            _ => false,
+            // Of files in /proc.
+            CaptureError::Proc(error) => {
+                matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENOENT))
+            }
+            CaptureError::Ended => true,
+            CaptureError::Unsuitable(_) => false,
         }
     }
 }
@@ -223,6 +231,20 @@ pub fn describe_tracked(
     tracked: bool,
     mut name: impl FnMut(&FileArea<'_>) -> Result<u64, StayReason>,
 ) -> Result<ProcessImage, CaptureError> {
+    // Killed meanwhile: which of its threads that was noticed by is nobody's concern.
+    describe_stopped(pid, threads, key, tracked, &mut name).map_err(|e| match e {
+        e if e.is_gone() => CaptureError::Ended,
+        e => e,
+    })
+}
+
+fn describe_stopped(
+    pid: i32,
+    threads: &mut [Stopped],
+    key: u64,
+    tracked: bool,
+    name: &mut dyn FnMut(&FileArea<'_>) -> Result<u64, StayReason>,
+) -> Result<ProcessImage, CaptureError> {
     // A leader that has ended shows nothing of the process.
     let by = threads.first().map_or(pid, Stopped::tid);
     let mut areas = Vec::new();
@@ -236,7 +258,7 @@ pub fn describe_tracked(
         if line.range.start < RESERVED.end && RESERVED.start < line.range.end {
             return Err(CaptureError::Unsuitable(StayReason::ReservedAddresses));
         }
-        areas.push(area(&line, tracked, &mut name)?);
+        areas.push(area(&line, tracked, name)?);
     }
     let site = vdso_site(by)?;
     let mut asked = Asked::default();
@@ -376,6 +398,11 @@ fn before_calls(token: &Stopped) -> Result<ThreadImage, CaptureError> {
         });
         regs.rax = regs.orig_rax;
         regs.rip -= 2;
+    } else if made_again(tid, &regs) {
+        rewound = Some(Rewound {
+            nr: regs.rax as u32,
+            code: -513,
+        });
     }
     regs.orig_rax = u64::MAX;
     let comm = std::fs::read(format!("/proc/{tid}/comm"))?;
@@ -393,6 +420,17 @@ fn before_calls(token: &Stopped) -> Result<ThreadImage, CaptureError> {
         rewound,
         sleep: None,
     })
+}
+
+/// Whether the kernel has a thread make its interrupted call again, and it has not come to that yet: it is past the look for signals,
+/// or in its own code already, where only a restart_syscall(2) can be told from a call that was not begun. What that restarts
+/// is in this kernel.
+fn made_again(tid: i32, regs: &Regs) -> bool {
+    let restart = regs.rax == libc::SYS_restart_syscall as u64;
+    let mut code = [0; 2];
+    (restart || (regs.orig_rax as i64 >= 0 && regs.rax == regs.orig_rax))
+        && ProcessMemory::new(tid).read_forced(regs.rip, &mut code).is_ok()
+        && code == [0x0f, 0x05]
 }
 
 /// The signals that a thread blocks at this moment, which may be by the mask of the call that it is in.

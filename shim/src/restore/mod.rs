@@ -202,11 +202,12 @@ impl Rebuilt {
         all.append(&mut self.others);
         for (calls, thread) in all.iter_mut().zip(&self.threads) {
             for info in &thread.pending {
-                requeue(calls, &self.memory, self.pid, Some(thread.tid), info)?;
+                requeue(calls, &self.memory, self.pid, thread.tid, false, info)?;
             }
         }
+        let first = self.threads.first().map_or(self.pid, |thread| thread.tid);
         for info in &self.pending {
-            requeue(&mut all[0], &self.memory, self.pid, None, info)?;
+            requeue(&mut all[0], &self.memory, self.pid, first, true, info)?;
         }
         all[0].call("munmap", libc::SYS_munmap, [TRAMPOLINE, 2 * PAGE, 0, 0, 0, 0])?;
         let mut stopped = Vec::new();
@@ -253,25 +254,26 @@ pub(crate) fn set_xstate(
     Ok(())
 }
 
-/// Puts a pending signal back. The thread sends it to itself, so that any si_code is allowed. `pid` and `tid` are those that
-/// the process has for itself.
+/// Puts a pending signal back, for the thread or (`process`) for its process. The thread, whose id in its own process `pid` is `tid`,
+/// sends it to itself, so that any si_code is allowed: that holds for the number of the very thread, be it the leader or not
+/// (kernel/signal.c, do_rt_sigqueueinfo).
 pub(crate) fn requeue(
     calls: &mut RemoteCalls,
     memory: &ProcessMemory,
     pid: i32,
-    tid: Option<i32>,
+    tid: i32,
+    process: bool,
     info: &SigInfo,
 ) -> Result<(), RestoreError> {
     memory.write_forced(SCRATCH, &info.0)?;
     let signal = info.signo() as u64;
     // A full queue or a coalesced signal is no error natively either.
-    match tid {
-        Some(tid) => {
-            let args = [pid as u64, tid as u64, signal, SCRATCH, 0, 0];
-            calls.raw(libc::SYS_rt_tgsigqueueinfo, args)?
-        }
-        None => calls.raw(libc::SYS_rt_sigqueueinfo, [pid as u64, signal, SCRATCH, 0, 0, 0])?,
-    };
+    if process {
+        calls.raw(libc::SYS_rt_sigqueueinfo, [tid as u64, signal, SCRATCH, 0, 0, 0])?;
+    } else {
+        let args = [pid as u64, tid as u64, signal, SCRATCH, 0, 0];
+        calls.raw(libc::SYS_rt_tgsigqueueinfo, args)?;
+    }
     Ok(())
 }
 

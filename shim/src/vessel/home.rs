@@ -185,7 +185,7 @@ impl Vessel {
             let mut calls = RemoteCalls::begin(stopped, TRAMPOLINE)?;
             register(&mut calls, &memory, thread)?;
             for info in &thread.pending {
-                requeue(&mut calls, &memory, self.pid, Some(thread.tid), info)?;
+                requeue(&mut calls, &memory, self.pid, thread.tid, false, info)?;
             }
             threads.push((calls, thread));
         }
@@ -197,12 +197,12 @@ impl Vessel {
             }
             None => true,
         });
-        if let Some((calls, _)) = threads.first_mut() {
+        if let Some((calls, first)) = threads.first_mut() {
             // Those that the guest changed last may not have been told.
             let present = capture::actions(calls, &memory)?;
             restore::actions(calls, &memory, &image.actions, &present)?;
             for info in image.pending.iter().chain(&caught) {
-                requeue(calls, &memory, self.pid, None, info)?;
+                requeue(calls, &memory, self.pid, first.tid, true, info)?;
             }
         }
         Ok(Homebound { threads, site, image })

@@ -138,6 +138,7 @@ pub fn stop_all(pid: i32) -> Vec<Stopped> {
     let mut tids: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/task"))
         .unwrap()
         .map(|e| e.unwrap().file_name().to_str().unwrap().parse().unwrap())
+        .filter(|tid| !shim::process::has_ended(*tid))
         .collect();
     tids.sort_by_key(|tid| (*tid != pid, *tid));
     tids.into_iter()
@@ -178,6 +179,7 @@ pub fn capture(pid: i32, threads: &mut [Stopped]) -> Captured {
     })
     .unwrap();
     image.validate().unwrap();
+    let pid = image.reached_by();
     let memory = ProcessMemory::new(pid);
     let mut pages = Vec::new();
     for area in image.areas.iter().filter(|a| !a.is_kernel()) {
