@@ -1,21 +1,23 @@
 //! Memory that comes home in front of its process, on a link of its own.
 //!
-//! What is sent while it runs is kept until all has come: the vessel gets the layout of the process only when that stands still, of
-//! which it hears on another link. Of a process that stands still it is written at once.
+//! What is sent while it runs is put into the vessel as it comes, where that has room for it ([`Command::Room`]), and else kept until all
+//! has come: the vessel gets the layout of the process only when that stands still, of which it hears on another link. Of a process that
+//! stands still it is written at once.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 
 use linklayer::frame::Header;
-use linklayer::image::{PAGE, USER_END};
-use linklayer::pages::{self, Kept};
+use linklayer::image::{self, Area, PAGE, USER_END};
+use linklayer::pages::{self, Kept, Landed};
 use linklayer::quic::{Fingerprint, Handler, Link, LinkError, OneTimeKey, Options, ReplyTo};
 use linklayer::wire::{self, Kind};
 use parking_lot::Mutex;
 use shim::postcopy::Pager;
+use shim::vessel::Vessel;
 
-use crate::shared::Shared;
+use crate::shared::{Command, Shared};
 
 /// Memory of processes that come home.
 #[derive(Default)]
@@ -26,6 +28,7 @@ pub struct Coming {
 #[derive(Default)]
 struct Early {
     while_it_runs: bool,
+    has_room: bool,
     pages: Kept,
     present: Vec<(u64, u64)>,
     link: Option<Link>,
@@ -73,6 +76,25 @@ impl Coming {
             link: early.link.clone()?,
             pager: early.pager.clone(),
         })
+    }
+
+    /// Which pages of a process that is going to come have been put into its vessel, if there was room made for them.
+    pub fn landed(&self, pid: i32) -> Option<Landed> {
+        let all = self.kept.lock();
+        let early = all.get(&pid).filter(|early| early.has_room)?;
+        Some(early.pages.landed().clone())
+    }
+
+    /// What has been put into a vessel does not count. Neither does the link by which it came.
+    pub fn leave_room(&self, pid: i32) {
+        let mut all = self.kept.lock();
+        let early = all
+            .get(&pid)
+            .is_some_and(|early| early.has_room)
+            .then(|| all.remove(&pid));
+        drop(all);
+        // Its link is dropped with it.
+        drop(early);
     }
 
     /// A process is at home, or does not come.
@@ -124,6 +146,20 @@ impl OwnLink {
             return pager.frame(kind, payload);
         }
         match kind {
+            Kind::Prefetch => {
+                let body: wire::Prefetch = wire::decode(payload).map_err(|e| e.to_string())?;
+                image::validate_areas(&body.areas).map_err(|e| e.to_string())?;
+                let (shared, pid) = (self.shared.clone(), self.pid);
+                let link = link.clone();
+                let reply = ReplyTo { link, lane, header };
+                crate::contact::spawn("room", move || {
+                    if let Err(why) = make_room(&shared, pid, body.areas) {
+                        tracing::debug!(pid, why, "its pages are kept until it stands still");
+                    }
+                    reply.errno(0);
+                });
+                Ok(())
+            }
             Kind::Pages | Kind::PackedPages => {
                 let piece = pages::decode(kind, payload).map_err(|e| e.to_string())?;
                 let mut all = self.shared.coming.kept.lock();
@@ -186,8 +222,34 @@ impl OwnLink {
     }
 }
 
+/// Has the vessel of a process make room for its pages, which are put there from then on.
+fn make_room(shared: &Shared, pid: i32, areas: Vec<Area>) -> Result<(), String> {
+    let (done, made) = crossbeam_channel::bounded(1);
+    shared.post(Command::Room(pid, areas, done));
+    let room = made.recv().map_err(|e| e.to_string())??;
+    let mut all = shared.coming.kept.lock();
+    let early = all.get_mut(&pid).ok_or("nothing was announced")?;
+    if !early.while_it_runs || early.has_room || early.pages.bytes() > 0 {
+        return Err("its pages were there first".into());
+    }
+    early.has_room = true;
+    early.pages.put_into(Box::new(room));
+    Ok(())
+}
+
 fn write_all(shared: &Shared, pid: i32, mut pages: Kept, present: &[(u64, u64)]) -> i32 {
     pages.retain(present);
+    // Those that do not exist any more.
+    let stale = pages.landed().stale();
+    let tid = shared.homecoming.lock().get(&pid).copied();
+    if let Some(worker) = tid
+        .filter(|_| !stale.is_empty())
+        .and_then(|tid| shared.worker(tid))
+        && let Err(e) = Vessel::drop_runs(&worker.slot, stale)
+    {
+        tracing::error!(pid, error = %e, "memory that came home");
+        return libc::EIO;
+    }
     for (address, data) in pages.runs() {
         if let Err(why) = crate::contact::write_pages(shared, pid, address, data) {
             tracing::error!(pid, %why, "memory that came home");

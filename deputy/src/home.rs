@@ -394,6 +394,7 @@ impl Home {
             Command::Moved(reply, from, moved) => self.moved(reply, from, *moved),
             Command::KeepBack(reply, pid) => self.keep_back(reply, pid),
             Command::Empty(pid, done) => self.drop_pages(pid, done),
+            Command::Room(pid, areas, done) => self.make_room(pid, areas, done),
             Command::Settled(settled) => self.settled(&settled),
             Command::Complete(pid, pager, end) => self.complete(pid, &pager, end),
             Command::Freeze(pid, stop, done) => self.freeze(pid, stop, &done),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use linklayer::image::ProcessImage;
+use linklayer::pages::Landed;
 use linklayer::quic::ReplyTo;
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, MoveReport, Times};
@@ -20,7 +21,7 @@ use crate::calls::{self, Worker};
 use crate::home::{Home, unless_gone};
 use crate::hop::Hop;
 use crate::kept::Kept;
-use crate::process::{Mode, Role, Task};
+use crate::process::{Mode, Process, Role, Task};
 use crate::shared::Command;
 
 impl Home {
@@ -40,7 +41,8 @@ impl Home {
         };
         match self.prepare_home(&body) {
             Ok(Some((worker, node))) => {
-                self.lay_out(worker, node, reply, body);
+                let (landed, stale) = self.in_vessel(pid, body.early);
+                self.lay_out(worker, node, reply, body, (landed, stale));
                 Ok(())
             }
             Ok(None) => self.laid_out(&reply, body, Ok(Duration::ZERO)),
@@ -48,21 +50,65 @@ impl Home {
         }
     }
 
+    /// What was put into the memory of a vessel, and whether that is of an attempt that did not come about (or all of it is): then it has to
+    /// go. With `early`, what came while the guest ran is of this one.
+    fn in_vessel(&mut self, pid: i32, early: bool) -> (Landed, bool) {
+        let memory = |process: &Process| match &process.mode {
+            Mode::Away(away) => Some((away.vessel.memory, away.has_pages)),
+            _ => None,
+        };
+        let own = self
+            .processes
+            .get(&pid)
+            .and_then(memory)
+            .map(|(memory, _)| memory);
+        let same = self
+            .processes
+            .values()
+            .filter_map(|process| match memory(process) {
+                Some((its, true)) if Some(its) == own => Some(process.pid),
+                _ => None,
+            });
+        let same: Vec<i32> = same.collect();
+        let landed = same.iter().find_map(|pid| self.shared.coming.landed(*pid));
+        match landed {
+            Some(landed) if early => (landed, false),
+            _ => {
+                for pid in &same {
+                    // Nothing more is put there.
+                    self.shared.coming.leave_room(*pid);
+                }
+                (Landed::default(), !same.is_empty())
+            }
+        }
+    }
+
     /// Has the vessel take the layout. This waits for the vessel, which may be stopped, and only this thread lets it go on:
     /// another waits.
-    fn lay_out(&self, worker: Arc<Worker>, node: u32, reply: ReplyTo, body: wire::Homecoming) {
+    fn lay_out(
+        &self,
+        worker: Arc<Worker>,
+        node: u32,
+        reply: ReplyTo,
+        body: wire::Homecoming,
+        (landed, stale): (Landed, bool),
+    ) {
         let begun = Instant::now();
         let (shared, tid) = (self.shared.clone(), worker.tid);
         calls::in_turn(&self.shared, tid, move || {
             crate::contact::spawn("layout", move || {
                 let (files, objects) = (&shared.files, &shared.objects);
-                let adapted = Vessel::adapt_layout(
-                    &body.image,
-                    &worker.slot,
-                    &|id| files.file(id),
-                    &|id| objects.file((node, id)),
-                    &|id| shared.held.keeper(id),
-                );
+                let dropped = if stale {
+                    Vessel::drop_by_worker(body.image.reached_by(), &worker.slot)
+                } else {
+                    Ok(())
+                };
+                let file = |id| files.file(id);
+                let object = |id| objects.file((node, id));
+                let keeper = |id| shared.held.keeper(id);
+                let adapted = dropped.and_then(|()| {
+                    Vessel::adapt_layout(&body.image, &worker.slot, &file, &object, &keeper, &landed)
+                });
                 let watched = adapted.and_then(|()| {
                     if body.postcopy {
                         let made = Vessel::make_userfault(tid, &worker.slot)?;
@@ -89,6 +135,7 @@ impl Home {
                 let tid = body.image.reached_by();
                 self.shared.homecoming.lock().insert(pid, tid);
                 if let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) {
+                    away.has_pages = true;
                     away.coming = Some((Box::new(body), took));
                 }
                 reply.errno(0);

@@ -156,6 +156,13 @@ impl Home {
     pub(crate) fn move_failed(&mut self, failed: wire::MoveFailed) -> anyhow::Result<()> {
         let (pid, why) = (failed.pid, &failed.why);
         tracing::error!(pid, phase = %failed.phase, why, "does not move");
+        let away = self.processes.get_mut(&pid).and_then(|p| p.away());
+        if failed.stood && away.is_some_and(|away| away.has_pages) {
+            self.shared.coming.forget(pid);
+            if let Err(e) = self.drop_now(pid) {
+                tracing::debug!(pid, error = format!("{e:#}"), "its vessel is not emptied");
+            }
+        }
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(());
         };

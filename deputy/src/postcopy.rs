@@ -2,15 +2,17 @@
 
 use anyhow::Context;
 use crossbeam_channel::Sender;
+use linklayer::image::Area;
 use linklayer::wire::{MoveReport, Phase, Settled};
 use shim::postcopy::{End, Pager, Pushed, Pusher, watched};
 use shim::ptrace::{self, Stopped};
+use shim::restore::Room;
 use shim::userfault::{self, Userfault};
 use std::sync::Arc;
 
 use crate::home::Home;
 use crate::outward::Wish;
-use crate::process::Role;
+use crate::process::{Mode, Process, Role};
 use crate::road::Road;
 use crate::shared::{Command, Shared};
 
@@ -49,24 +51,60 @@ impl Home {
         });
     }
 
-    /// Has a vessel drop its pages.
+    /// Has a vessel drop its pages, before anything else is done about it: a child that it forks would have them.
     pub(crate) fn drop_pages(&mut self, pid: i32, done: Sender<()>) -> anyhow::Result<()> {
-        if let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) {
-            let catcher = away.vessel.catcher();
-            away.emptying = Some(done);
-            ptrace::interrupt(catcher)?;
+        match self.processes.get_mut(&pid).and_then(|p| p.away()) {
+            Some(away) => away.emptying = Some(done),
+            None => return Ok(()),
         }
-        Ok(())
+        self.have_catcher_act(pid)
     }
 
-    /// Has a vessel drop its pages, before anything else is done about it: a child that it forks would have them.
+    /// The same, when nobody waits for it.
     pub(crate) fn drop_now(&mut self, pid: i32) -> anyhow::Result<()> {
         let (done, _nobody_waits) = crossbeam_channel::bounded(0);
-        let away = self.processes.get_mut(&pid).and_then(|p| p.away());
-        away.context("vessel")?.emptying = Some(done);
+        self.drop_pages(pid, done)
+    }
+
+    /// Has a vessel make room for the pages of its guest, which runs and is going to come home.
+    pub(crate) fn make_room(
+        &mut self,
+        pid: i32,
+        areas: Vec<Area>,
+        done: Sender<Result<Room, String>>,
+    ) -> anyhow::Result<()> {
+        let memory = |process: &Process| match &process.mode {
+            Mode::Away(away) => Some(away.vessel.memory),
+            _ => None,
+        };
+        let away = self.processes.get(&pid).and_then(|process| match &process.mode {
+            Mode::Away(away) if away.coming.is_none() => Some(away.vessel.memory),
+            _ => None,
+        });
+        let same = self.processes.values().filter(|p| memory(p) == away).count();
+        if away.is_none() || same > 1 {
+            let _ = done.send(Err("it is not away, or another process has its memory".into()));
+            return Ok(());
+        }
+        if self
+            .processes
+            .get_mut(&pid)
+            .and_then(|p| p.away())
+            .is_some_and(|a| a.has_pages)
+        {
+            self.drop_now(pid)?;
+        }
+        if let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) {
+            away.wants_room = Some((areas, done));
+        }
+        self.have_catcher_act(pid)
+    }
+
+    /// Stops the catcher of a vessel until it has done what there is to do.
+    fn have_catcher_act(&mut self, pid: i32) -> anyhow::Result<()> {
         loop {
             let away = self.processes.get_mut(&pid).and_then(|p| p.away());
-            let Some(away) = away.filter(|away| away.emptying.is_some()) else {
+            let Some(away) = away.filter(|a| a.emptying.is_some() || a.wants_room.is_some()) else {
                 return Ok(());
             };
             // A signal that arrives takes the place of the stop that is asked for.
@@ -80,18 +118,30 @@ impl Home {
         }
     }
 
-    /// The catcher of a vessel has stopped: it drops the pages if it is to.
-    pub(crate) fn drop_if_asked(&mut self, pid: i32, tid: i32, stopped: Stopped) -> anyhow::Result<Stopped> {
+    /// The catcher of a vessel has stopped: it does what there is to do about the vessel's memory.
+    pub(crate) fn catcher_acts(
+        &mut self,
+        pid: i32,
+        tid: i32,
+        mut stopped: Stopped,
+    ) -> anyhow::Result<Stopped> {
         if self.tasks.get(&tid).is_none_or(|task| task.role != Role::Catcher) {
             return Ok(stopped);
         }
         let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) else {
             return Ok(stopped);
         };
-        match away.emptying.take() {
-            Some(_said_by_dropping_it) => Ok(away.vessel.drop_pages(stopped)?),
-            None => Ok(stopped),
+        if let Some(_said_by_dropping_it) = away.emptying.take() {
+            stopped = away.vessel.drop_pages(stopped)?;
+            away.has_pages = false;
         }
+        if let Some((areas, done)) = away.wants_room.take() {
+            let (still, room) = away.vessel.make_room(stopped, &areas)?;
+            stopped = still;
+            away.has_pages = true;
+            let _ = done.send(Ok(room));
+        }
+        Ok(stopped)
     }
 
     /// A process has all of its memory where it runs, or never will.

@@ -7,12 +7,13 @@ use crate::hop::Hop;
 use crate::kept::Kept;
 use crate::outward::{Done, Leaving, Wish};
 use crossbeam_channel::Sender;
-use linklayer::image::SigAction;
+use linklayer::image::{Area, SigAction};
 use linklayer::quic::{Link, ReplyTo};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind};
 use shim::postcopy::Pager;
 use shim::ptrace::Stopped;
+use shim::restore::Room;
 use shim::vessel::Vessel;
 
 use crate::calls::Worker;
@@ -143,9 +144,16 @@ pub struct Away {
     pub kept: Option<Kept>,
     /// Calls that a terminal may stop.
     pub exposed: crate::terminal::Exposed,
+    /// The vessel is not empty: pages of its guest, which may be old, have been put into it.
+    pub has_pages: bool,
+    /// Private memory of a guest that comes home, for which there is to be room, and who waits for that.
+    pub wants_room: Option<(Vec<Area>, WantsRoom)>,
     /// All of its memory is where its guest is: who waits until the vessel has dropped its pages. It is said by dropping this.
     pub emptying: Option<Sender<()>>,
 }
+
+/// Who waits for room in a vessel.
+pub type WantsRoom = Sender<Result<Room, String>>;
 
 impl Away {
     /// Of a vessel that runs.
@@ -164,6 +172,8 @@ impl Away {
             exposed: crate::terminal::Exposed::default(),
             kept: None,
             emptying: None,
+            has_pages: false,
+            wants_room: None,
         }
     }
 }

@@ -111,6 +111,12 @@ pub enum Command {
     ),
     /// The guest of this process has all of its memory: its vessel drops its pages; who is given waits for that.
     Empty(i32, Sender<()>),
+    /// The pages of a process come while it still runs away: its vessel is to have room for private memory in these areas.
+    Room(
+        i32,
+        Vec<linklayer::image::Area>,
+        Sender<Result<shim::restore::Room, String>>,
+    ),
     /// A process that ran before its memory had come has all of it, or is lost.
     Settled(wire::Settled),
     /// A process at home has all of its memory, or its memory is lost.

@@ -108,7 +108,7 @@ impl Home {
                 }
             }
             self.expose_further(pid, tid, &mut stopped)?;
-            stopped = self.drop_if_asked(pid, tid, stopped)?;
+            stopped = self.catcher_acts(pid, tid, stopped)?;
         }
         match stopped.stop() {
             Stop::Signal(sig) => self.vessel_signal(pid, tid, sig, stopped),
@@ -333,7 +333,8 @@ impl Home {
         let away = process.away().context("vessel of the parent")?;
         let node = away.node;
         let memory = away.vessel.memory;
-        let (mut vessel, stray, catcher) = Vessel::adopt_child(stray)?;
+        let inherits = away.has_pages && flags & libc::CLONE_VM as u64 == 0;
+        let (mut vessel, stray, catcher) = Vessel::adopt_child(stray, inherits)?;
         if flags & libc::CLONE_VM as u64 != 0 {
             vessel.memory = memory;
         }

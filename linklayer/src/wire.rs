@@ -131,7 +131,7 @@ pub enum Kind {
     /// Supervisor to deputy, on such a link: all memory has been sent (empty body); answer [`Errno`] (0: it is in the vessel).
     PagesEnd = 54,
     /// To a supervisor, on the link of a process that is going to come, before its pages: the files and the memory that it has so far
-    /// ([`Prefetch`]); answer [`Errno`]: what can be made ready is.
+    /// ([`Prefetch`]); to a deputy likewise, without files; answer [`Errno`]: what can be made ready is.
     Prefetch = 55,
     /// To a supervisor, before [`Kind::LaunchBuild`], or to a deputy, before [`Kind::HomeCommit`]: the pages that come only when the
     /// process runs there ([`Present`]); several of these are one list.
@@ -506,6 +506,8 @@ pub struct Homecoming {
     pub postcopy: bool,
     /// The held files that it and the others of its group map. Their content has been written ([`Kind::HeldWrite`]).
     pub held: Vec<u64>,
+    /// Pages of its memory were sent while it ran, on a link of its own, on which it is said which of them count.
+    pub early: bool,
 }
 
 /// Anonymous memory that processes share (MAP_SHARED | MAP_ANONYMOUS).

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use linklayer::image::{Area, AreaFlags, AreaKind, Prot};
+use linklayer::image::{Area, AreaFlags, AreaKind, PAGE, Prot};
+use linklayer::pages::{CHUNK_BYTES, Kept, Landed, Piece, Place};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shim::memory::ProcessMemory;
@@ -166,7 +167,7 @@ fn vessels_make_threads_and_processes_and_execute_programs() {
     };
     parent.cont(0).unwrap();
     assert_eq!(thread_slot.wait(None), Some(i64::from(process)));
-    let (_child, stopped, _) = Vessel::adopt_child(wait_stop(process).unwrap()).unwrap();
+    let (_child, stopped, _) = Vessel::adopt_child(wait_stop(process).unwrap(), false).unwrap();
     stopped.cont(0).unwrap();
     assert_eq!(call(&process_slot, libc::SYS_getppid, [0; 6]), i64::from(pid));
     // A failed and a successful exec of the child.
@@ -369,6 +370,7 @@ fn a_process_with_threads_comes_home() {
             &|id| files.get(id as usize).cloned(),
             &|_| None,
             &|_| None,
+            &Landed::default(),
         )
         .unwrap();
         let memory = ProcessMemory::new(pid);
@@ -396,4 +398,183 @@ fn a_process_with_threads_comes_home() {
         assert!(matches!(status, Status::Exited(42)), "round {round}: {status:?}");
         assert_eq!(guest.output(), "done\n");
     }
+}
+
+fn anon(start: u64, pages: u64, prot: u8) -> Area {
+    Area {
+        start,
+        end: start + pages * PAGE,
+        prot: Prot(prot),
+        flags: AreaFlags(0),
+        kind: AreaKind::Anon,
+    }
+}
+
+#[test]
+fn pages_that_come_early_are_where_they_belong_at_home() {
+    const GREW: u64 = 0x6000_0000_0000;
+    const SHRANK: u64 = 0x6100_0000_0000;
+    const JOINED: u64 = 0x6200_0000_0000;
+    const GONE: u64 = 0x6300_0000_0000;
+    const LIMIT: usize = 64 << 20;
+    let (_dir, mut guest, mut threads) = threaded();
+    let pid = guest.pid;
+    let captured = capture(pid, &mut threads);
+    let arena = Arena::new().unwrap();
+    let (vessel, parts) = Vessel::convert_all(threads, &arena).unwrap();
+    let Parts { workers, .. } = parts;
+    // What it has, and what it has got while it was away.
+    let areas = captured.image.areas.iter();
+    let mut early: Vec<Area> = areas.filter(|a| a.kind == AreaKind::Anon).cloned().collect();
+    early.extend([
+        anon(GREW, 20, 3),
+        anon(SHRANK, 20, 3),
+        anon(JOINED, 5, 3),
+        anon(JOINED + 8 * PAGE, 5, 1),
+        anon(GONE, 5, 3),
+    ]);
+    early.sort_by_key(|a| a.start);
+    ptrace::interrupt(vessel.catcher()).unwrap();
+    let stopped = wait_stop(vessel.catcher()).unwrap();
+    let (stopped, room) = vessel.make_room(stopped, &early).unwrap();
+    stopped.cont(0).unwrap();
+    let mut kept = Kept::default();
+    kept.put_into(Box::new(room));
+    let put = |kept: &mut Kept, address: u64, data: &[u8]| {
+        for (at, chunk) in (address..).step_by(CHUNK_BYTES).zip(data.chunks(CHUNK_BYTES)) {
+            let data = chunk.into();
+            kept.put(&Piece { address: at, data }, LIMIT).unwrap();
+        }
+    };
+    for area in &early {
+        put(
+            &mut kept,
+            area.start,
+            &vec![0xee; area.len().min(20 * PAGE) as usize],
+        );
+    }
+    // Then it stands still.
+    let mut image = captured.image.clone();
+    image.areas.extend([
+        anon(GREW, 40, 3),
+        anon(SHRANK + 4 * PAGE, 3, 1),
+        anon(JOINED, 13, 3),
+    ]);
+    image.areas.sort_by_key(|a| a.start);
+    let mut pages = captured.pages.clone();
+    let page = |value: u8, count: usize| vec![value; count * PAGE as usize];
+    pages.extend([
+        (GREW + 2 * PAGE, page(1, 30)),
+        (SHRANK + 5 * PAGE, page(2, 1)),
+        (JOINED, page(3, 5)),
+        (JOINED + 9 * PAGE, page(4, 2)),
+    ]);
+    // Those in what is made anew were there before, the others come now.
+    put(&mut kept, JOINED, &page(3, 5));
+    put(&mut kept, JOINED + 9 * PAGE, &page(4, 2));
+    let files: Vec<_> = captured.files.into_iter().map(Arc::new).collect();
+    let file = |id| files.get(id as usize).cloned();
+    Vessel::adapt_layout(&image, &workers[0].1, &file, &|_| None, &|_| None, kept.landed()).unwrap();
+    for (at, data) in pages.iter().filter(|(at, _)| !(JOINED..GONE).contains(at)) {
+        put(&mut kept, *at, data);
+    }
+    let mut present: Vec<_> = pages
+        .iter()
+        .map(|(at, data)| (*at, at + data.len() as u64))
+        .collect();
+    present.sort_unstable();
+    kept.retain(&present);
+    Vessel::drop_runs(&workers[0].1, kept.landed().stale()).unwrap();
+    let memory = ProcessMemory::new(pid);
+    for (at, data) in kept.runs() {
+        memory.write_forced(at, data).unwrap();
+    }
+    for (at, data) in &pages {
+        let mut there = vec![0; data.len()];
+        memory.read_forced(*at, &mut there).unwrap();
+        assert!(there == *data, "pages at {at:#x}");
+    }
+    for at in [
+        GREW,
+        GREW + 32 * PAGE,
+        SHRANK + 4 * PAGE,
+        JOINED + 5 * PAGE,
+        JOINED + 12 * PAGE,
+    ] {
+        let mut there = [1];
+        memory.read_forced(at, &mut there).unwrap();
+        assert_eq!(there, [0], "nothing was at {at:#x}");
+    }
+    for at in [SHRANK, SHRANK + 7 * PAGE, GONE] {
+        assert!(memory.read_forced(at, &mut [0]).is_err());
+    }
+    // An mremap(2) would fail where the kernel has two.
+    let lines = shim::capture::map_lines(pid, false).unwrap();
+    for area in [anon(GREW, 40, 3), anon(JOINED, 13, 3)] {
+        let one = lines
+            .iter()
+            .any(|l| l.range == area.range() && l.prot == area.prot);
+        assert!(one, "{area:?} in {lines:?}");
+    }
+    let threads = vessel.resume(&image).unwrap();
+    for thread in threads {
+        thread.cont(0).unwrap();
+    }
+    drop(workers);
+    send(pid, Signal::SIGUSR1);
+    let status = run_to_end(pid);
+    assert!(matches!(status, Status::Exited(42)), "{status:?}");
+    assert_eq!(guest.output(), "done\n");
+}
+
+#[test]
+fn a_vessel_that_is_not_empty_is_emptied() {
+    let dir = tempfile::tempdir().unwrap();
+    let (guest, stopped) = Guest::at_entry(&hello(&dir), &["early"]);
+    let arena = Arena::new().unwrap();
+    let (vessel, slot, catcher) = convert(stopped, &arena);
+    let area = anon(0x6000_0000_0000, 1000, 3);
+    let fill = || {
+        ptrace::interrupt(catcher).unwrap();
+        let stopped = wait_stop(catcher).unwrap();
+        let (stopped, room) = vessel.make_room(stopped, std::slice::from_ref(&area)).unwrap();
+        room.put(area.start, &vec![7; area.len() as usize]).unwrap();
+        assert!(rss_kib(guest.pid) > 4000);
+        stopped
+    };
+    fill().cont(0).unwrap();
+    Vessel::drop_by_worker(guest.pid, &slot).unwrap();
+    assert!(rss_kib(guest.pid) < 100, "{} KiB", rss_kib(guest.pid));
+    let stopped = fill();
+    let stopped = vessel.drop_pages(stopped).unwrap();
+    assert!(rss_kib(guest.pid) < 100, "{} KiB", rss_kib(guest.pid));
+    fill_and_fork(&vessel, stopped, &arena, &slot);
+    send(guest.pid, Signal::SIGKILL);
+    run_to_end(guest.pid);
+}
+
+/// The child of a vessel that is not empty is.
+fn fill_and_fork(vessel: &Vessel, stopped: Stopped, arena: &Arena, slot: &Slot) {
+    let area = anon(0x6000_0000_0000, 1000, 3);
+    let (stopped, room) = vessel.make_room(stopped, std::slice::from_ref(&area)).unwrap();
+    room.put(area.start, &vec![7; area.len() as usize]).unwrap();
+    stopped.cont(0).unwrap();
+    let child_slot = arena.allocate().unwrap();
+    slot.post_clone(0, libc::SIGCHLD, &child_slot);
+    let parent = next_stop(vessel.pid(), |stop| matches!(stop, Stop::Fork(_)));
+    let Stop::Fork(child) = parent.stop() else {
+        unreachable!()
+    };
+    parent.cont(0).unwrap();
+    assert_eq!(slot.wait(None), Some(i64::from(child)));
+    let (_vessel, stopped, _) = Vessel::adopt_child(wait_stop(child).unwrap(), true).unwrap();
+    assert!(rss_kib(child) < 100, "{} KiB", rss_kib(child));
+    assert!(rss_kib(vessel.pid()) > 4000);
+    stopped.cont(0).unwrap();
+    assert_eq!(
+        call(&child_slot, libc::SYS_getppid, [0; 6]),
+        i64::from(vessel.pid())
+    );
+    send(child, Signal::SIGKILL);
+    run_to_end(child);
 }

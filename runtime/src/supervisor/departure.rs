@@ -205,6 +205,9 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
         Ok(link) => {
             let mut departure = Departure::new(pid, Some(reason), link, mode);
             departure.early = early;
+            if early {
+                announce_memory(&shared, &departure);
+            }
             if early && let Err(why) = precopy(&shared, &mut departure, mode, postcopy) {
                 departure.not_while_it_ran(&why);
             }
@@ -216,6 +219,22 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
             shared.post(Command::GoHome(pid, reason));
         }
     });
+}
+
+/// Tells home which memory the guest has, so that its vessel has room for its pages when they come.
+fn announce_memory(shared: &Shared, departure: &Departure) {
+    let pid = departure.pid;
+    let guest = shared.guests.read().get(&pid).cloned();
+    let body = wire::encode(&wire::Prefetch {
+        files: Vec::new(),
+        areas: guest
+            .map(|guest| shim::capture::private_memory(guest.memory.pid()))
+            .unwrap_or_default(),
+        hostname: Vec::new(),
+    });
+    if let Err(e) = departure.link.ask(pid, Kind::Prefetch, &body) {
+        tracing::debug!(pid, error = %e, "not announced");
+    }
 }
 
 /// Has home connect to a link for the memory of one process.

@@ -98,6 +98,9 @@ fn send(
             objects: shared_memory.named_by(&member.image),
             vforks: member.vforks.clone(),
             postcopy: lazy(member),
+            early: members
+                .iter()
+                .any(|other| other.space == member.space && other.own.as_ref().is_some_and(|own| own.early)),
         };
         let body = wire::encode(&body);
         let answer = shared.ask(lane, member.pid, Kind::Homecoming, &body)?;

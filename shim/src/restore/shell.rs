@@ -109,10 +109,7 @@ impl Shell {
         let memory = ProcessMemory::new(self.pid());
         // Opened now: the number may be another process's later.
         memory.read_forced(SCRATCH, &mut [0])?;
-        Ok(Room {
-            memory,
-            areas: self.areas.iter().map(Area::range).collect(),
-        })
+        Ok(Room::new(memory, self.areas.iter().map(Area::range).collect()))
     }
 
     /// Gives it descriptors through a socket of which it has the other end, `inside`. Gives their numbers in it.
@@ -230,6 +227,13 @@ pub struct Room {
     areas: Vec<Range<u64>>,
 }
 
+impl Room {
+    /// These areas of a process, in the order of addresses, whose memory has been opened.
+    pub(crate) fn new(memory: ProcessMemory, areas: Vec<Range<u64>>) -> Room {
+        Room { memory, areas }
+    }
+}
+
 impl Place for Room {
     fn end_of(&self, page: u64) -> Option<u64> {
         let area = self
@@ -303,7 +307,7 @@ fn plan(shell: &[Area], areas: &[Area], landed: &Landed) -> Plan {
 }
 
 /// The parts of a range in others, which are in the order of addresses.
-fn inside(range: &Range<u64>, others: &[Range<u64>]) -> Vec<Range<u64>> {
+pub(crate) fn inside(range: &Range<u64>, others: &[Range<u64>]) -> Vec<Range<u64>> {
     let first = others.partition_point(|other| other.end <= range.start);
     others[first..]
         .iter()
@@ -313,7 +317,7 @@ fn inside(range: &Range<u64>, others: &[Range<u64>]) -> Vec<Range<u64>> {
 }
 
 /// The parts of a range outside of others, which are in the order of addresses.
-fn outside(range: &Range<u64>, others: &[Range<u64>]) -> Vec<Range<u64>> {
+pub(crate) fn outside(range: &Range<u64>, others: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut at = range.start;
     let mut out = Vec::new();
     for other in inside(range, others) {

@@ -11,8 +11,10 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use linklayer::image::{Area, AreaFlags, AreaKind, PAGE, ProcessImage, SigInfo, ThreadImage};
+use linklayer::pages::Landed;
 use nix::errno::Errno;
 
+use super::room::{Carried, carry, put_down};
 use super::{ARENA_ADDRESS, ARENA_LEN, KEEPERS, Raised, Slot, Vessel, VesselError};
 use crate::capture::{self, MapLine, map_lines, reserved, vdso_site};
 use crate::memory::ProcessMemory;
@@ -34,7 +36,7 @@ impl Vessel {
     /// Makes the areas of a vessel those of the image. It waits for the vessel, which may be stopped: not for the thread
     /// that traces it. `worker` is one of its idle workers; `file` gives the open file
     /// behind a number, `object` the one behind the id of shared anonymous memory, which is mapped anew, and `keeper` tells where the vessel
-    /// keeps a held file ([`Vessel::keep`]).
+    /// keeps a held file ([`Vessel::keep`]). The pages that were put into its [room](Vessel::make_room), `landed`, stay where they are.
     ///
     /// # Errors
     /// A call that fails. The vessel then still executes calls, and the guest may go on.
@@ -44,6 +46,7 @@ impl Vessel {
         file: &dyn Fn(u64) -> Option<Arc<File>>,
         object: &dyn Fn(u64) -> Option<Arc<File>>,
         keeper: &dyn Fn(u64) -> Option<Range<u64>>,
+        landed: &Landed,
     ) -> Result<(), VesselError> {
         for thread in &image.threads {
             xstate::fits(&thread.xstate, &image.xstate_layout)?;
@@ -54,7 +57,12 @@ impl Vessel {
             .filter(|l| !reserved(&l.range) && !special(l))
             .collect();
         let call = |what, nr: i64, args| call(worker, what, nr, args);
+        let memory = ProcessMemory::new(image.reached_by());
+        let mut carried = Carried::new();
         for change in changes(&lines, image, file) {
+            if let Change::Unmap(range) | Change::Map(range, _) = &change {
+                carry(&memory, range, landed, &mut carried)?;
+            }
             match change {
                 Change::Unmap(r) => {
                     call("munmap", libc::SYS_munmap, [r.start, r.end - r.start, 0, 0, 0, 0])?;
@@ -84,6 +92,7 @@ impl Vessel {
                 }
             }
         }
+        put_down(&memory, image, &carried)?;
         // The end of the heap, and nothing else (prctl(2), PR_SET_MM_MAP without an auxiliary vector).
         let mm = &image.mm;
         let words = [
@@ -242,7 +251,7 @@ impl Homebound<'_> {
 }
 
 /// A call by an idle worker.
-fn call(worker: &Slot, what: &'static str, nr: i64, args: [u64; 6]) -> Result<u64, VesselError> {
+pub(super) fn call(worker: &Slot, what: &'static str, nr: i64, args: [u64; 6]) -> Result<u64, VesselError> {
     worker.post(nr as u64, args);
     let errno = match worker.wait(None) {
         Some(ret) if !(-4095..0).contains(&ret) => return Ok(ret as u64),
@@ -252,7 +261,7 @@ fn call(worker: &Slot, what: &'static str, nr: i64, args: [u64; 6]) -> Result<u6
     Err(VesselError::Slot { what, errno })
 }
 
-fn special(line: &MapLine) -> bool {
+pub(super) fn special(line: &MapLine) -> bool {
     matches!(
         line.path.as_slice(),
         b"[vdso]" | b"[vvar]" | b"[vvar_vclock]" | b"[vsyscall]"

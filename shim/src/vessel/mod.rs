@@ -2,6 +2,7 @@
 
 mod arena;
 mod home;
+mod room;
 pub(crate) mod stub;
 
 use std::ops::Range;
@@ -168,13 +169,16 @@ impl Vessel {
     }
 
     /// Makes a vessel of the child that a worker just forked; the child is at its first stop and goes into its slot when
-    /// it is resumed.
+    /// it is resumed. With `drop` it has pages of its parent, which it drops.
     ///
     /// # Errors
     /// The child is gone.
-    pub fn adopt_child(stopped: Stopped) -> Result<(Vessel, Stopped, i32), VesselError> {
+    pub fn adopt_child(stopped: Stopped, drop: bool) -> Result<(Vessel, Stopped, i32), VesselError> {
         let pid = stopped.tid();
         let mut calls = RemoteCalls::begin(stopped, TRAMPOLINE)?;
+        if drop {
+            Vessel::drop_inherited(&mut calls)?;
+        }
         let catcher = make_catcher(&mut calls)?;
         let tid = catcher.tid();
         catcher.cont(0)?;
