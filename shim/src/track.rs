@@ -74,9 +74,16 @@ impl Tracker {
     /// # Errors
     /// The process is gone.
     pub fn round(&self) -> io::Result<Vec<Range<u64>>> {
+        self.round_of(&map_lines(self.pid, false)?)
+    }
+
+    /// The same for the areas that the process had a moment ago: they may be others by now.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn round_of(&self, lines: &[MapLine]) -> io::Result<Vec<Range<u64>>> {
         let mut runs = Vec::new();
-        let lines = map_lines(self.pid, false)?;
-        let mut rest = &lines[..];
+        let mut rest = lines;
         while let Some(first) = rest.iter().position(watched) {
             rest = &rest[first..];
             let count = rest.iter().position(|line| !watched(line)).unwrap_or(rest.len());
@@ -95,19 +102,21 @@ impl Tracker {
         let mut registered = None;
         for line in lines {
             let private_file = line.ino != 0;
-            let mut found = scan_written(&self.pagemap, &line.range, private_file)?;
+            let found = scan_written(&self.pagemap, &line.range, private_file)?;
             if matches!(found, Found::Unwatched) {
                 // All at once and with the gaps: an area that grows meanwhile must not be cut in two where it ended, of which the
                 // program would know by an mremap(2) that fails.
                 let all = lines[0].range.start..end.min(LAST);
                 let whole = *registered.get_or_insert_with(|| self.register(&all).is_ok());
                 if whole || self.register(&line.range).is_ok() {
-                    found = scan_written(&self.pagemap, &line.range, private_file)?;
+                    // It is protected by that; if it has been given up meanwhile, or cannot be watched, that is tried again next time.
+                    scan_written(&self.pagemap, &line.range, private_file)?;
                 }
             }
             match found {
                 Found::Runs(more) => runs.extend(more),
-                // Given up meanwhile; or it cannot be watched, and its pages count as changed every time.
+                // Part of it may have been watched before something else was mapped into it. What the look had found there until it
+                // failed is protected already, and nobody was told of it: everything counts as changed.
                 Found::Unwatched => {
                     runs.extend(page_runs_of(self.pid, &line.range, private_file)?);
                 }
