@@ -5,10 +5,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use linklayer::wire::{Mode, MoveReport, Progress};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use parking_lot::{Condvar, Mutex};
 
 use super::{JobAnswer, JobInfo, JobRequest};
 use crate::codec::{self, CodecError};
@@ -18,6 +19,8 @@ use crate::rundir;
 const MAX_CONNECTIONS: usize = 32;
 /// A request has no list in it.
 const MAX_REQUEST: usize = 4096;
+/// How long a job that has ended waits until those who asked have their answers.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// How long a connection may stay silent.
 const IDLE: Duration = Duration::from_secs(60);
 
@@ -51,11 +54,40 @@ pub trait JobControl: Send + Sync + 'static {
     fn release(&self) -> Result<(), String>;
 }
 
-/// A job's socket. Dropping it removes the socket; connections that are being served end with the process.
+/// Requests that are not answered yet.
+#[derive(Debug, Default)]
+struct Unanswered {
+    count: Mutex<usize>,
+    none: Condvar,
+}
+
+impl Unanswered {
+    fn add(&self) {
+        *self.count.lock() += 1;
+    }
+
+    fn remove(&self) {
+        let mut count = self.count.lock();
+        *count -= 1;
+        if *count == 0 {
+            self.none.notify_all();
+        }
+    }
+
+    fn await_none(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut count = self.count.lock();
+        while *count > 0 && !self.none.wait_until(&mut count, deadline).timed_out() {}
+    }
+}
+
+/// A job's socket. Dropping it removes the socket and waits a moment for the answers to what was asked; connections end with the
+/// process.
 #[derive(Debug)]
 pub struct JobServer {
     path: PathBuf,
     stop: Arc<AtomicBool>,
+    unanswered: Arc<Unanswered>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -77,13 +109,15 @@ impl JobServer {
         }
         let listener = UnixListener::bind(path)?;
         let stop = Arc::new(AtomicBool::new(false));
+        let unanswered: Arc<Unanswered> = Arc::default();
         let thread = std::thread::Builder::new().name("job-socket".into()).spawn({
-            let stop = stop.clone();
-            move || accept_loop(&listener, &stop, &control)
+            let (stop, unanswered) = (stop.clone(), unanswered.clone());
+            move || accept_loop(&listener, &stop, &unanswered, &control)
         })?;
         Ok(JobServer {
             path: path.to_owned(),
             stop,
+            unanswered,
             thread: Some(thread),
         })
     }
@@ -103,10 +137,16 @@ impl Drop for JobServer {
         if let (true, Some(thread)) = (woken, self.thread.take()) {
             let _ = thread.join();
         }
+        self.unanswered.await_none(LAST_ANSWERS);
     }
 }
 
-fn accept_loop(listener: &UnixListener, stop: &AtomicBool, control: &Arc<dyn JobControl>) {
+fn accept_loop(
+    listener: &UnixListener,
+    stop: &AtomicBool,
+    unanswered: &Arc<Unanswered>,
+    control: &Arc<dyn JobControl>,
+) {
     let connections = Arc::new(AtomicUsize::new(0));
     loop {
         let accepted = listener.accept();
@@ -126,12 +166,12 @@ fn accept_loop(listener: &UnixListener, stop: &AtomicBool, control: &Arc<dyn Job
             connections.fetch_sub(1, Ordering::AcqRel);
             continue;
         }
-        let control = control.clone();
+        let (control, unanswered) = (control.clone(), unanswered.clone());
         let count = connections.clone();
         let spawned = std::thread::Builder::new()
             .name("job-client".into())
             .spawn(move || {
-                if let Err(e) = serve(stream, &*control) {
+                if let Err(e) = serve(stream, &unanswered, &*control) {
                     tracing::debug!("job socket: {e}");
                 }
                 count.fetch_sub(1, Ordering::AcqRel);
@@ -142,7 +182,11 @@ fn accept_loop(listener: &UnixListener, stop: &AtomicBool, control: &Arc<dyn Job
     }
 }
 
-fn serve(mut stream: UnixStream, control: &dyn JobControl) -> Result<(), CodecError> {
+fn serve(
+    mut stream: UnixStream,
+    unanswered: &Unanswered,
+    control: &dyn JobControl,
+) -> Result<(), CodecError> {
     stream.set_read_timeout(Some(IDLE))?;
     stream.set_write_timeout(Some(IDLE))?;
     let peer = getsockopt(&stream, PeerCredentials).map_err(io::Error::from)?;
@@ -157,6 +201,7 @@ fn serve(mut stream: UnixStream, control: &dyn JobControl) -> Result<(), CodecEr
             Err(CodecError::Closed) => return Ok(()),
             Err(e) => return Err(e),
         };
+        unanswered.add();
         let answer = match request {
             JobRequest::List => JobAnswer::Job(control.list()),
             JobRequest::Migrate { pid, to, mode } => {
@@ -178,6 +223,8 @@ fn serve(mut stream: UnixStream, control: &dyn JobControl) -> Result<(), CodecEr
                 Err(why) => JobAnswer::Refused(why),
             },
         };
-        codec::write_message(&mut stream, &answer)?;
+        let written = codec::write_message(&mut stream, &answer);
+        unanswered.remove();
+        written?;
     }
 }
