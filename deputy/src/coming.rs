@@ -14,6 +14,7 @@ use linklayer::pages::{self, Kept, Landed};
 use linklayer::quic::{Fingerprint, Handler, Link, LinkError, OneTimeKey, Options, ReplyTo};
 use linklayer::wire::{self, Kind};
 use parking_lot::Mutex;
+use shim::faults::{self, Point};
 use shim::postcopy::Pager;
 use shim::vessel::Vessel;
 
@@ -76,6 +77,11 @@ impl Coming {
             link: early.link.clone()?,
             pager: early.pager.clone(),
         })
+    }
+
+    /// Whether memory of a process may be on its way.
+    pub fn is_coming(&self, pid: i32) -> bool {
+        self.kept.lock().contains_key(&pid)
     }
 
     /// Which pages of a process that is going to come have been put into its vessel, if there was room made for them.
@@ -162,6 +168,13 @@ impl OwnLink {
             }
             Kind::Pages | Kind::PackedPages => {
                 let piece = pages::decode(kind, payload).map_err(|e| e.to_string())?;
+                let stands_still = self.shared.homecoming.lock().contains_key(&self.pid);
+                let point = if stands_still {
+                    Point::TargetTransfer
+                } else {
+                    Point::TargetPrecopy
+                };
+                faults::at(point, self.pid)?;
                 let mut all = self.shared.coming.kept.lock();
                 let early = all.get_mut(&self.pid).ok_or("nothing was announced")?;
                 if !early.while_it_runs {

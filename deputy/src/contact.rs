@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use linklayer::frame::Header;
 use linklayer::quic::{Handler, Link, LinkError, ReplyTo};
 use linklayer::wire::{self, Kind};
+use shim::faults::{self, Point};
 
 use crate::calls;
 use crate::shared::{Command, Shared};
@@ -123,7 +124,9 @@ impl Contact {
                 }
                 let shared = shared.clone();
                 spawn("coming", move || {
-                    match crate::coming::connect(&shared, &request) {
+                    let connected = faults::at(Point::TargetReach, request.pid)
+                        .and_then(|()| crate::coming::connect(&shared, &request).map_err(|e| e.to_string()));
+                    match connected {
                         Ok(()) => reply.errno(0),
                         Err(e) => {
                             tracing::warn!(pid = request.pid, error = %e, "pages come on the contact");

@@ -393,7 +393,7 @@ impl Home {
             Command::HopReady(pid, ready) => self.hop_ready(pid, ready),
             Command::Moved(reply, from, moved) => self.moved(reply, from, *moved),
             Command::KeepBack(reply, pid) => self.keep_back(reply, pid),
-            Command::Empty(pid, done) => self.drop_pages(pid, done),
+            Command::Empty(pid, catcher, done) => self.drop_pages(pid, catcher, done),
             Command::Room(pid, areas, done) => self.make_room(pid, areas, done),
             Command::Settled(settled) => self.settled(&settled),
             Command::Complete(pid, pager, end) => self.complete(pid, &pager, end),
@@ -431,6 +431,10 @@ impl Home {
             );
         }
         for pid in there {
+            self.lost_before_whole(pid, why);
+            if let Some(process) = self.processes.get_mut(&pid) {
+                process.fail_moves(&format!("process {pid} is lost with node {node}: {why}"));
+            }
             nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL)?;
         }
         Ok(())

@@ -14,6 +14,7 @@ use linklayer::stay::StayReason;
 use linklayer::wire::{self, MoveReport, Times};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use shim::faults::{self, Point};
 use shim::ptrace::{Stop, Stopped};
 use shim::vessel::{Vessel, VesselError};
 
@@ -97,6 +98,10 @@ impl Home {
         let (shared, tid) = (self.shared.clone(), worker.tid);
         calls::in_turn(&self.shared, tid, move || {
             crate::contact::spawn("layout", move || {
+                if let Err(why) = faults::at(Point::TargetRestore, body.image.pid) {
+                    let failed = Err(anyhow::Error::msg(why));
+                    return shared.post(Command::LaidOut(reply, Box::new(body), failed));
+                }
                 let (files, objects) = (&shared.files, &shared.objects);
                 let dropped = if stale {
                     Vessel::drop_by_worker(body.image.reached_by(), &worker.slot)
@@ -232,6 +237,7 @@ impl Home {
         }
         let begun = Instant::now();
         for pid in group {
+            faults::at(Point::TargetResume, *pid).map_err(anyhow::Error::msg)?;
             self.begin_to_run_early(*pid)?;
         }
         let mut layouts = HashMap::new();

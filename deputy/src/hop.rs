@@ -3,9 +3,11 @@
 //! The guest stands still at its node until home commits ([`Home::moved`]); until then whatever fails lets it go on there. The
 //! vessel has no part in it: its workers are idle.
 
-use linklayer::quic::{Link, ReplyTo};
+use linklayer::quic::{Link, ReplyTo, STANDSTILL};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, MoveReport, Phase, Place};
+
+use shim::faults::{self, Point};
 
 use crate::home::Home;
 use crate::outward::Wish;
@@ -126,12 +128,28 @@ impl Home {
             reply.errno(libc::EPROTO);
             return Ok(());
         };
-        let Some(link) = hop.to.take().filter(|l| away.node == from && l.lost().is_none()) else {
+        let possible = faults::at(Point::HomeSwitch, pid).is_ok();
+        if let Some(to) = hop.to.as_ref().filter(|l| !l.is_live() && l.lost().is_none()) {
+            // Whom nothing is heard of does not hear that it is to let it run. It may be heard of soon.
+            let (to, shared) = (to.clone(), self.shared.clone());
+            process.hop = Some(hop);
+            crate::contact::spawn("moved", move || {
+                if to.await_live(STANDSTILL) {
+                    shared.post(Command::Moved(reply, from, Box::new(moved)));
+                } else {
+                    reply.errno(libc::EHOSTUNREACH);
+                }
+            });
+            return Ok(());
+        }
+        let reachable = |l: &&Link| away.node == from && l.lost().is_none();
+        let Some(link) = hop.to.as_ref().filter(reachable).filter(|_| possible).cloned() else {
             reply.errno(libc::EHOSTUNREACH);
             // Its node says that it goes on there.
             process.hop = Some(hop);
             return Ok(());
         };
+        hop.to = None;
         away.link = link;
         away.node = hop.wish.node;
         // What was kept comes before the first instruction.

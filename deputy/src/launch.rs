@@ -7,9 +7,10 @@ use std::time::Instant;
 use anyhow::Context;
 use linklayer::image::{Area, AreaFlags, AreaKind, SigInfo};
 use linklayer::pages::Writer;
-use linklayer::quic::Link;
+use linklayer::quic::{Link, STANDSTILL};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, FileRef, Kind, MoveReport, Phase};
+use shim::faults::{self, Point};
 use shim::process::resident_bytes;
 use shim::ptrace::Stopped;
 use shim::track::Tracker;
@@ -201,12 +202,16 @@ impl Home {
             }
         };
         let departure = process.departure.take();
+        let result = match result {
+            Ok(arrived) => arrived.can_commit(pid).map_err(|why| (Phase::Resume, why)),
+            Err(why) => Err((Phase::Transfer, why)),
+        };
         let (link, mut report, tracker, rest) = match result {
             Ok(arrived) => (arrived.contact, arrived.report, arrived.tracker, arrived.rest),
-            Err(why) => {
+            Err((phase, why)) => {
                 tracing::warn!(pid, node, why = format!("{why:#}"), "not moved; it runs at home");
                 if let Some(wish) = departure {
-                    wish.fail(stayed(pid, Phase::Transfer, &why));
+                    wish.fail(stayed(pid, phase, &why));
                 }
                 process.stay = Some(reason_of(&why));
                 self.publish(pid);
@@ -226,12 +231,17 @@ impl Home {
                 self.publish(pid);
                 tracing::info!(pid, node, "runs there");
                 send(&link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));
+                let _ = faults::at(Point::SourceAfter, pid);
                 report.times.resume_us = begun.elapsed().as_micros() as u64;
                 let dropped = if large && rest.is_none() {
                     self.drop_now(pid)
                 } else {
                     Ok(())
                 };
+                if let (Err(_), Some(away)) = (&dropped, self.processes.get_mut(&pid).and_then(|p| p.away()))
+                {
+                    away.has_pages = true;
+                }
                 drop(tracker);
                 if let Some(rest) = rest {
                     self.push(pid, rest, departure, report);
@@ -338,6 +348,23 @@ pub struct Arrived {
     rest: Option<Rest>,
 }
 
+impl Arrived {
+    /// Looks whether the node hears of what is decided now. If not, the process goes on at home, and nothing of it stays there.
+    fn can_commit(self: Box<Self>, pid: i32) -> anyhow::Result<Box<Self>> {
+        let cut = |link: &Link| !link.is_live();
+        let why = match faults::at(Point::SourceResume, pid) {
+            Err(why) => why,
+            Ok(()) if cut(&self.contact) => "the contact to the node is cut".into(),
+            Ok(()) if self.rest.as_ref().is_some_and(|rest| cut(rest.road.link())) => {
+                "the link on which the rest of it is to go is cut".into()
+            }
+            Ok(()) => return Ok(self),
+        };
+        send(&self.contact, pid, Kind::Discard, &wire::encode(&wire::Pid(pid)));
+        Err(anyhow::Error::msg(why))
+    }
+}
+
 /// Sends the process and waits for the answer on a thread of its own.
 pub(crate) fn process_launch(shared: &Arc<Shared>, pid: i32, start: Start, mut description: Description) {
     description.leave_pending();
@@ -353,9 +380,16 @@ pub(crate) fn process_launch(shared: &Arc<Shared>, pid: i32, start: Start, mut d
                 lazy: false,
             }),
         };
-        let result = ready
-            .map_err(anyhow::Error::msg)
-            .and_then(|ready| transfer(ready, description));
+        let result = ready.map_err(anyhow::Error::msg).and_then(|ready| {
+            let contact = ready.road.contact.clone();
+            let sent = transfer(ready, description);
+            match &sent {
+                Ok(_) => drop(contact.await_live(STANDSTILL)),
+                // It may stand ready there, if only the answer was lost.
+                Err(_) => send(&contact, pid, Kind::Discard, &wire::encode(&wire::Pid(pid))),
+            }
+            sent
+        });
         shared.post(Command::LaunchReady {
             pid,
             result: result.map(Box::new),
@@ -366,6 +400,7 @@ pub(crate) fn process_launch(shared: &Arc<Shared>, pid: i32, start: Start, mut d
 fn transfer(mut ready: Ready, description: Description) -> anyhow::Result<Arrived> {
     let tid = description.image.reached_by();
     let pid = description.image.pid;
+    faults::at(Point::SourceTransfer, pid).map_err(anyhow::Error::msg)?;
     let later = shim::capture::send_process(
         ready.road.link(),
         &description.into_launch(),

@@ -14,6 +14,7 @@ use linklayer::pages::Writer;
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, MoveReport, Phase, Way};
 use shim::capture::{CaptureError, SendError};
+use shim::faults::{self, Point};
 use shim::process::resident_bytes;
 use shim::ptrace::Stopped;
 use shim::track::Tracker;
@@ -296,6 +297,12 @@ impl Home {
         let Some(mut ready) = leaving.ready.take() else {
             return release(held);
         };
+        if let Err(why) = faults::at(Point::SourceSeize, pid) {
+            leaving
+                .wish
+                .fail(stayed(pid, Phase::Seize, &anyhow::Error::msg(why)));
+            return release(held);
+        }
         ready.report.times.seize_us = leaving.since.elapsed().as_micros() as u64;
         let described_at = Instant::now();
         let (threads, described) = self.describe(pid, held, ready.tracker.is_some());
@@ -444,6 +451,7 @@ fn precopy(shared: &Arc<Shared>, pid: i32, ready: &mut Ready, mode: wire::Mode) 
         return Err("there is no link of its own to the node".into());
     }
     let begun = Instant::now();
+    faults::at(Point::SourcePrecopy, pid)?;
     let (done, tracked) = crossbeam_channel::bounded(1);
     shared.post(Command::Track(pid, done));
     let tracker = tracked.recv().map_err(|e| e.to_string())??;

@@ -33,37 +33,51 @@ pub fn ended_before(mut report: MoveReport) -> MoveReport {
 impl Home {
     /// Sends the rest of a process that runs away. Its vessel keeps its pages meanwhile.
     pub(crate) fn push(&mut self, pid: i32, rest: Rest, wish: Option<Wish>, report: MoveReport) {
-        if let (Some(process), Some(wish)) = (self.processes.get_mut(&pid), wish) {
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return;
+        };
+        if let Some(wish) = wish {
             process.arriving = Some((wish, report));
         }
+        let Some(away) = process.away() else { return };
+        away.has_pages = true;
+        let catcher = away.vessel.catcher();
         let shared = self.shared.clone();
         crate::contact::spawn("push", move || {
-            match rest.pusher.run(rest.road.link()) {
-                Pushed::Whole(reply) => {
-                    let (done, emptied) = crossbeam_channel::bounded(1);
-                    shared.post(Command::Empty(pid, done));
-                    // It is said by dropping the other end.
-                    let _ = emptied.recv();
-                    reply.errno(0);
-                }
+            let pushed = rest.pusher.run(rest.road.link());
+            let (done, emptied) = crossbeam_channel::bounded(1);
+            // Also when it is not sent to the end: nobody can have the rest any more.
+            shared.post(Command::Empty(pid, catcher, done));
+            // It is said by dropping the other end.
+            let _ = emptied.recv();
+            match pushed {
+                Pushed::Whole(reply) => reply.errno(0),
                 Pushed::Over(why) => tracing::debug!(pid, why, "the rest of its memory is not sent"),
             }
         });
     }
 
-    /// Has a vessel drop its pages, before anything else is done about it: a child that it forks would have them.
-    pub(crate) fn drop_pages(&mut self, pid: i32, done: Sender<()>) -> anyhow::Result<()> {
-        match self.processes.get_mut(&pid).and_then(|p| p.away()) {
+    /// Has a vessel, which has this catcher, drop its pages. Not one whose process is on its way home: that sees to it itself.
+    pub(crate) fn drop_pages(&mut self, pid: i32, catcher: i32, done: Sender<()>) -> anyhow::Result<()> {
+        if self.shared.coming.is_coming(pid) {
+            return Ok(());
+        }
+        let away = self.processes.get_mut(&pid).and_then(|p| p.away());
+        match away.filter(|away| away.vessel.catcher() == catcher && away.coming.is_none()) {
             Some(away) => away.emptying = Some(done),
             None => return Ok(()),
         }
         self.have_catcher_act(pid)
     }
 
-    /// The same, when nobody waits for it.
+    /// Has a vessel drop its pages, before anything else is done about it: a child that it forks would have them.
     pub(crate) fn drop_now(&mut self, pid: i32) -> anyhow::Result<()> {
         let (done, _nobody_waits) = crossbeam_channel::bounded(0);
-        self.drop_pages(pid, done)
+        match self.processes.get_mut(&pid).and_then(|p| p.away()) {
+            Some(away) => away.emptying = Some(done),
+            None => return Ok(()),
+        }
+        self.have_catcher_act(pid)
     }
 
     /// Has a vessel make room for the pages of its guest, which runs and is going to come home.
@@ -150,27 +164,39 @@ impl Home {
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(());
         };
-        let node = process.node();
-        let arriving = process.arriving.take();
-        self.shared.progress.lock().remove(&pid);
-        if settled.lost.is_empty() {
-            if let Some((wish, mut report)) = arriving {
-                report.after = settled.after;
-                wish.fulfil(report);
-            }
+        if !settled.lost.is_empty() {
+            self.lost_before_whole(pid, &settled.lost);
             return Ok(());
         }
-        let why = format!(
-            "process {pid} is lost at node {node}: {}: {}; it had left before all of its memory was there",
-            Phase::Postcopy,
-            settled.lost
-        );
-        tracing::error!("{why}");
-        if let Some((wish, _)) = arriving {
-            wish.fail(why);
+        self.shared.progress.lock().remove(&pid);
+        if let Some((wish, mut report)) = process.arriving.take() {
+            report.after = settled.after;
+            wish.fulfil(report);
         }
         Ok(())
     }
+
+    /// A process that runs at a node will never have all of its memory, if it has not.
+    pub(crate) fn lost_before_whole(&mut self, pid: i32, why: &str) {
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return;
+        };
+        let node = process.node();
+        if let Some((wish, _)) = process.arriving.take() {
+            let why = lost_words(pid, &format!("node {node}"), why);
+            tracing::error!("{why}");
+            wish.fail(why);
+        }
+        self.shared.progress.lock().remove(&pid);
+    }
+}
+
+/// What is said of a process that was lost before it had all of its memory.
+pub fn lost_words(pid: i32, place: &str, why: &str) -> String {
+    format!(
+        "process {pid} is lost at {place}: {}: {why}; it had left before all of its memory was there",
+        Phase::Postcopy
+    )
 }
 
 /// Whether a process can run at home before all of its memory is here.
@@ -217,6 +243,10 @@ impl Home {
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(());
         };
+        anyhow::ensure!(
+            later.link.is_live(),
+            "the link on which the rest of it is to come is cut"
+        );
         let coming = process.away().and_then(|away| away.coming.as_ref());
         let (body, _) = coming.context("a process that was not announced")?;
         let memory = Userfault::begin(later.userfault, true).context("userfaultfd")?;
@@ -249,7 +279,7 @@ impl Home {
         };
         process.pager = Some(pager.clone());
         self.shared.incomplete.lock().insert(child, pager.clone());
-        if pager.is_lost()
+        if pager.loss().is_some()
             && let Err(e) = shim::signal::kill_process(child, nix::libc::SIGKILL)
         {
             tracing::debug!(child, error = %e, "kill");
@@ -277,10 +307,7 @@ impl Home {
                 self.tell_of_homecoming(pid, report);
             }
             End::Lost(why) => {
-                let why = format!(
-                    "process {pid} is lost at home: {}: {why}; it had left before all of its memory was there",
-                    Phase::Postcopy
-                );
+                let why = lost_words(pid, "home", &why);
                 for waiter in process.waiters.drain(..) {
                     let _ = waiter.send(Err(why.clone()));
                 }

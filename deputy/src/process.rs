@@ -317,8 +317,14 @@ impl Process {
     /// It has ended or executed another program: what was still coming of its memory is of no use.
     pub fn needs_no_more(&mut self) {
         if let Some((waiters, report)) = self.came.take() {
+            // It may have been killed because the rest is lost, which is told later.
+            let lost = self.pager.as_ref().and_then(|pager| pager.loss());
+            let outcome = match lost {
+                Some(why) => Err(crate::postcopy::lost_words(self.pid, "home", &why)),
+                None => Ok(crate::postcopy::ended_before(report)),
+            };
             for waiter in waiters {
-                let _ = waiter.send(Ok(crate::postcopy::ended_before(report.clone())));
+                let _ = waiter.send(outcome.clone());
             }
         }
         if let Some((wish, report)) = self.arriving.take() {
@@ -326,8 +332,14 @@ impl Process {
         }
     }
 
-    /// Answers those who wait for it to come home: it did not.
+    /// It has ended: answers all who wait for something of it.
     pub fn fail_waiters(mut self, why: &str) {
+        self.needs_no_more();
+        self.fail_moves(why);
+    }
+
+    /// Answers those who wait for it to come home or to go somewhere: it did not.
+    pub fn fail_moves(&mut self, why: &str) {
         let wishes = [
             self.leaving.take().map(|l| l.wish),
             self.departure.take(),
@@ -336,7 +348,6 @@ impl Process {
         for wish in wishes.into_iter().flatten() {
             wish.fail(why.to_string());
         }
-        self.needs_no_more();
         if let Some(hop) = self.hop.take() {
             hop.fail(self.pid, why.to_string());
         }

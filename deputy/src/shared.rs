@@ -109,8 +109,8 @@ pub enum Command {
         Box<crate::together::Sent>,
         Result<(Link, wire::MoveReport), String>,
     ),
-    /// The guest of this process has all of its memory: its vessel drops its pages; who is given waits for that.
-    Empty(i32, Sender<()>),
+    /// The vessel of this process, which has this catcher, drops its pages: nobody needs them any more. Who is given waits for that.
+    Empty(i32, i32, Sender<()>),
     /// The pages of a process come while it still runs away: its vessel is to have room for private memory in these areas.
     Room(
         i32,

@@ -8,6 +8,7 @@ use linklayer::quic::ReplyTo;
 use linklayer::stay::StayReason;
 use linklayer::syscall::{self, CallView};
 use linklayer::wire::{self, FileRef, Kind, MoveReport};
+use shim::faults::{self, Point};
 use shim::ptrace::{self, Stop, Stopped};
 use shim::vessel::{Slot, Vessel};
 
@@ -41,6 +42,9 @@ impl Home {
             let why = anyhow::anyhow!("its memory is still coming from where it was before");
             return (threads, Err(why));
         }
+        if let Err(why) = faults::at(Point::SourceDump, pid) {
+            return (threads, Err(anyhow::Error::msg(why)));
+        }
         let shared = self.shared.clone();
         let mut namer = Namer::new(&shared, threads.first().map_or(pid, Stopped::tid));
         let described = shim::capture::describe_tracked(pid, &mut threads, 0, tracked, |f| {
@@ -55,6 +59,14 @@ impl Home {
             self.carry(&mut image);
             Ok((image, namer.files()))
         });
+        if Home::outlived() {
+            // They stand before the delivery of a SIGTRAP of ours, which would kill them if the deputy ended.
+            for thread in threads.iter_mut().filter(|t| t.stop() == Stop::Interrupt) {
+                if let Err(e) = thread.settle() {
+                    tracing::debug!(pid, error = %e, "thread of a process that was described");
+                }
+            }
+        }
         (threads, described)
     }
 

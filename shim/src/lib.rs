@@ -4,6 +4,7 @@ pub mod cage;
 pub mod capture;
 pub mod clone_rewrite;
 pub mod confine;
+pub mod faults;
 pub mod fd;
 pub mod filter;
 pub mod lab;

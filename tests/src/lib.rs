@@ -6,6 +6,7 @@
 
 pub mod build;
 pub mod compare;
+pub mod faults;
 pub mod lab;
 pub mod mover;
 pub mod running;

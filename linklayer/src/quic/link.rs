@@ -217,6 +217,27 @@ impl Link {
         self.shared.local
     }
 
+    /// Whether a connection stands on which the peer was heard of lately ([`Options::silence`]).
+    pub fn is_live(&self) -> bool {
+        self.shared.state.lock().core.is_live()
+    }
+
+    /// Waits until it does, or is lost, or for so long; says whether it does. Not inside [`Handler::frame`].
+    pub fn await_live(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        let mut state = self.shared.state.lock();
+        while !state.core.is_live() {
+            if state.lost.is_some() || Instant::now() >= deadline {
+                return false;
+            }
+            self.shared.rouse_idle(&mut state);
+            state.waiting += 1;
+            self.shared.progress.wait_until(&mut state, deadline);
+            state.waiting -= 1;
+        }
+        true
+    }
+
     /// Why the link is over, once it is.
     pub fn lost(&self) -> Option<LinkError> {
         self.shared.state.lock().lost.clone()

@@ -120,6 +120,9 @@ impl From<SessionError> for LinkError {
 /// The least that a window is cut down to, in bytes.
 const MIN_WINDOW_BYTES: u32 = 64 << 10;
 
+/// How long a process that stands still so as to move waits for a peer of which nothing is heard: it could go on where it is.
+pub const STANDSTILL: Duration = Duration::from_secs(10);
+
 /// How a link behaves. [`Options::default`] is for calls, [`Options::bulk`] for pages and file contents on a link of
 /// their own.
 #[derive(Debug, Clone)]
@@ -197,7 +200,7 @@ impl Options {
     /// for as long as on a contact.
     pub fn of_process() -> Self {
         Self {
-            give_up_after: Duration::from_secs(10),
+            give_up_after: STANDSTILL,
             ..Self::bulk()
         }
     }

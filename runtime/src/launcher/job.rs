@@ -99,6 +99,7 @@ pub(super) fn deputy(args: &Args, program: i32, mut socket: UnixStream, log: Log
         .and_then(|()| {
             std::env::set_current_dir("/")?;
             shim::process::raise_nofile();
+            shim::faults::look_in(rundir::path());
             log.start();
             socket.write_all(&std::process::id().to_le_bytes())?;
             socket.read_exact(&mut [0])?;

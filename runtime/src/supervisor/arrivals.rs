@@ -21,9 +21,9 @@ use shim::restore::Room;
 
 use super::begun::Begin;
 use super::contact::Build;
-use super::faults::{self, Point};
 use super::postcopy::{Later, PagerSlot};
 use super::shared::{Command, Shared};
+use shim::faults::{self, Point};
 
 /// How long somebody may take from being told of the link to its first packet.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -172,6 +172,8 @@ pub struct Arrivals {
     on_contact: Mutex<HashMap<i32, Arriving>>,
     /// Links of their own, with their numbers: a process may come once more before its last link is known to be over.
     links: Mutex<HashMap<i32, (u64, Link)>>,
+    /// Those that have such a link, and whether home has said since that they do not come.
+    awaited: Mutex<HashMap<i32, Arc<AtomicBool>>>,
     numbers: AtomicU64,
 }
 
@@ -209,17 +211,22 @@ impl Arrivals {
         if arriving.later.is_some() {
             return Err("pages that come later, on the contact".into());
         }
-        prepare(shared, arriving, answer, &PagerSlot::default())
+        prepare(shared, arriving, answer, &PagerSlot::default(), Arc::default())
     }
 
     /// A process has come as far as that its link belongs to who brings the rest.
     pub fn handed_over(&self, pid: i32) {
+        self.awaited.lock().remove(&pid);
         self.links.lock().remove(&pid);
     }
 
     /// A process does not come, or is no more.
     pub fn forget(&self, pid: i32) {
         self.on_contact.lock().remove(&pid);
+        // All of it may be here, but not yet with the tracer, which is told of this by another way.
+        if let Some(needless) = self.awaited.lock().remove(&pid) {
+            needless.store(true, Ordering::Release);
+        }
         // Dropped without waiting for the peer.
         self.links.lock().remove(&pid);
     }
@@ -227,7 +234,7 @@ impl Arrivals {
     /// Waits for a process on a link of its own.
     pub fn listen(&self, shared: &Arc<Shared>, request: wire::Listen) -> Listening {
         let pid = request.pid;
-        if let Err(why) = faults::at(Point::TargetReach) {
+        if let Err(why) = faults::at(Point::TargetReach, pid) {
             return Listening::Refused(why);
         }
         if self.links.lock().len() >= MAX_LINKS {
@@ -241,6 +248,8 @@ impl Arrivals {
             Err(e) => return Listening::Refused(e.to_string()),
         };
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let needless: Arc<AtomicBool> = Arc::default();
+        self.awaited.lock().insert(pid, needless.clone());
         let starter = shared.starter.clone();
         let shared = shared.clone();
         starter.start("accept", move || {
@@ -249,6 +258,7 @@ impl Arrivals {
                 pid,
                 number,
                 coming: Arc::default(),
+                needless,
                 pager: PagerSlot::default(),
             });
             let peer = Fingerprint(request.peer);
@@ -280,6 +290,8 @@ struct OwnLink {
     pid: i32,
     number: u64,
     coming: Arc<Coming>,
+    /// Home has said that the process does not come, or the link is over.
+    needless: Arc<AtomicBool>,
     /// Who gets the pages that come when it runs.
     pager: PagerSlot,
 }
@@ -307,10 +319,11 @@ impl Handler for OwnLink {
                     return Ok(());
                 }
                 Kind::Pages | Kind::PackedPages | Kind::KnownPages => {
-                    faults::at(match arriving.launch {
+                    let point = match arriving.launch {
                         Some(_) => Point::TargetTransfer,
                         None => Point::TargetPrecopy,
-                    })?;
+                    };
+                    faults::at(point, self.pid)?;
                 }
                 _ => {}
             }
@@ -329,7 +342,7 @@ impl Handler for OwnLink {
                 own_link: true,
                 ..std::mem::take(&mut *arriving)
             };
-            prepare(&self.shared, arriving, answer, &self.pager)
+            prepare(&self.shared, arriving, answer, &self.pager, self.needless.clone())
         });
         if let Err(why) = done {
             tracing::error!(pid = self.pid, %why, "the sender of a process breaks the protocol");
@@ -356,6 +369,14 @@ impl OwnLink {
         if let Some(number) = arriving.begun_by {
             self.shared.post(Command::Abandon(self.pid, number));
         }
+        // Nobody would hear that it stands ready.
+        self.needless.store(true, Ordering::Release);
+        let same = |one: &Arc<AtomicBool>| Arc::ptr_eq(one, &self.needless);
+        self.shared
+            .arrivals
+            .awaited
+            .lock()
+            .retain(|pid, one| *pid != self.pid || !same(one));
         let mut links = self.shared.arrivals.links.lock();
         if links
             .get(&self.pid)
@@ -437,6 +458,7 @@ fn prepare(
     arriving: Arriving,
     answer: ReplyTo,
     pager: &PagerSlot,
+    needless: Arc<AtomicBool>,
 ) -> Result<(), String> {
     let Arriving {
         launch,
@@ -469,6 +491,7 @@ fn prepare(
                     ahead,
                     begun,
                     later,
+                    needless,
                     answer,
                 })));
             }

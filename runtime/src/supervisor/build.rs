@@ -19,10 +19,10 @@ use shim::restore::{Backing, Faults};
 use shim::userfault::Source;
 
 use super::contact::Build;
-use super::faults::{self, Point};
 use super::guest::{Guest, Thread};
 use super::notify::{Pool, Turn};
 use super::tracer::{RESTARTSYS, Traced, Tracer};
+use shim::faults::{self, Point};
 
 /// Most timers whose overruns come with a process.
 const MAX_TIMERS: usize = 64;
@@ -40,6 +40,7 @@ impl Tracer {
         let refused = match self.build_guest(build, &pages) {
             Ok(()) => None,
             Err(e) => {
+                self.abandon(pid, None);
                 self.remove_half_built(pid);
                 Some(match e.downcast::<StayReason>() {
                     Ok(reason) => reason,
@@ -61,7 +62,8 @@ impl Tracer {
     }
 
     fn build_guest(&mut self, build: Build, pages: &Kept) -> anyhow::Result<()> {
-        faults::at(Point::TargetRestore).map_err(anyhow::Error::msg)?;
+        anyhow::ensure!(!build.needless.load(Ordering::Acquire), "the move was given up");
+        faults::at(Point::TargetRestore, build.launch.image.pid).map_err(anyhow::Error::msg)?;
         let Build {
             launch,
             files,
@@ -241,7 +243,7 @@ impl Tracer {
 
     /// Home has committed: the guest runs.
     pub(super) fn launch_go(&mut self, pid: i32) -> anyhow::Result<()> {
-        let _ = faults::at(Point::TargetResume);
+        let _ = faults::at(Point::TargetResume, pid);
         let now_ns =
             (shim::capture::clocks().monotonic_ns).saturating_add(self.shared.known_ahead().monotonic_ns);
         for sleep in self.sleeps.remove(&pid).unwrap_or_default() {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use linklayer::cpu;
@@ -36,6 +36,8 @@ pub struct Build {
     pub begun: Instant,
     /// The pages that come when it runs.
     pub later: Option<super::postcopy::Later>,
+    /// Set when home has said that it does not come, or nobody hears of it any more.
+    pub needless: Arc<AtomicBool>,
     /// Where to say how it went.
     pub answer: ReplyTo,
 }

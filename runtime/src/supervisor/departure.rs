@@ -10,7 +10,7 @@ use anyhow::Context;
 use linklayer::choice;
 use linklayer::image::{AreaKind, ProcessImage};
 use linklayer::pages::Writer;
-use linklayer::quic::{Fingerprint, Link, LinkError, OneTimeKey, Options};
+use linklayer::quic::{Fingerprint, Link, LinkError, OneTimeKey, Options, STANDSTILL};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, LARGE_BYTES, Mode, MoveReport, MoveTo, Phase};
 use shim::capture::{SendError, learn_known, send_process, shared_objects};
@@ -19,10 +19,10 @@ use shim::process::resident_bytes;
 use shim::track::Tracker;
 
 use super::arrivals;
-use super::faults::{self, Point};
 use super::guest::Guest;
 use super::shared::{Command, Shared};
 use super::tracer::{Hold, Tracer};
+use shim::faults::{self, Point};
 
 /// How long home may take from being told of the link to its first packet.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -323,7 +323,7 @@ fn precopy(
 ) -> Result<(), String> {
     let begun = Instant::now();
     let pid = departure.pid;
-    faults::at(Point::SourcePrecopy)?;
+    faults::at(Point::SourcePrecopy, pid)?;
     let (done, tracked) = crossbeam_channel::bounded(1);
     shared.post(Command::Track(pid, done));
     let tracker = tracked.recv().map_err(|e| e.to_string())??;
@@ -363,7 +363,7 @@ impl Tracer {
             refuse("it is not here any more");
             return Ok(());
         }
-        if let Err(why) = faults::at(Point::SourceSeize) {
+        if let Err(why) = faults::at(Point::SourceSeize, pid) {
             refuse(&why);
             return Ok(());
         }
@@ -453,7 +453,7 @@ impl Tracer {
     }
 
     fn describe_departure(&mut self, guest: &Arc<Guest>) -> Result<wire::Launch, Failure> {
-        faults::at(Point::SourceDump).map_err(|why| Failure::new(Phase::Dump, why))?;
+        faults::at(Point::SourceDump, guest.pid).map_err(|why| Failure::new(Phase::Dump, why))?;
         self.capture(guest)
             .and_then(|(image, _)| self.launch_of(guest, image))
             .map_err(|e| Failure::new(Phase::Dump, format!("{e:#}")))
@@ -489,7 +489,7 @@ impl Tracer {
     pub(super) fn departed(&mut self, pid: i32, result: Result<(), Failure>) -> anyhow::Result<()> {
         match result {
             Ok(()) => {
-                let _ = faults::at(Point::SourceAfter);
+                let _ = faults::at(Point::SourceAfter, pid);
                 let guest = self.shared.guests.read().get(&pid).cloned();
                 guest.map_or(Ok(()), |guest| self.forget_guest(&guest))
             }
@@ -518,7 +518,7 @@ fn transfer(
     departure: &mut Departure,
 ) -> Result<Option<Arc<Pusher>>, Failure> {
     let pid = departure.pid;
-    faults::at(Point::SourceTransfer).map_err(|why| Failure::new(Phase::Transfer, why))?;
+    faults::at(Point::SourceTransfer, pid).map_err(|why| Failure::new(Phase::Transfer, why))?;
     let reached_by = guest.memory.pid();
     let later = send_process(
         &departure.link,
@@ -539,7 +539,11 @@ fn transfer(
     } else {
         None
     };
-    faults::at(Point::SourceResume).map_err(|why| Failure::new(Phase::Resume, why))?;
+    faults::at(Point::SourceResume, pid).map_err(|why| Failure::new(Phase::Resume, why))?;
+    if departure.lazy && !departure.link.await_live(STANDSTILL) {
+        let why = "the link to where the rest of it is to go is cut";
+        return Err(Failure::new(Phase::Resume, why));
+    }
     let moved = wire::Moved {
         pid,
         report: departure.report.clone(),

@@ -15,11 +15,11 @@ use linklayer::wire::{Phase, Times, Vfork};
 use shim::capture::{held_by, shared_objects};
 
 use super::departure::{self, Departure, Failure};
-use super::faults::{self, Point};
 use super::guest::Guest;
 use super::shared::{Command, Shared};
 use super::tracer::{Hold, RESTARTNOINTR, Tracer};
 use super::transfer::{self, Member};
+use shim::faults::{self, Point};
 
 impl Tracer {
     /// Goes on with stopping a guest when all its threads have stopped.
@@ -186,8 +186,8 @@ impl Tracer {
 
     fn capture_group(&mut self, members: &[Arc<Guest>]) -> anyhow::Result<Vec<Member>> {
         let mut captured = Vec::new();
-        faults::at(Point::SourceDump).map_err(anyhow::Error::msg)?;
         for guest in members {
+            faults::at(Point::SourceDump, guest.pid).map_err(anyhow::Error::msg)?;
             let (image, vforks) = self
                 .capture(guest)
                 .map_err(|e| e.context(format!("process {}", guest.pid)))?;
@@ -293,7 +293,7 @@ impl Tracer {
             };
             match &result {
                 Ok(()) => {
-                    let _ = faults::at(Point::SourceAfter);
+                    let _ = faults::at(Point::SourceAfter, pid);
                     self.shared.held.forget(self.held_of(&guest));
                     self.forget_guest(&guest)?;
                 }

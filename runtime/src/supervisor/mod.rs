@@ -13,7 +13,6 @@ mod clone;
 mod contact;
 mod deadline;
 mod departure;
-mod faults;
 pub mod files;
 mod guest;
 pub mod handshake;
@@ -70,6 +69,7 @@ pub fn run(config: SupervisorConfig) -> anyhow::Result<()> {
     set.add(Signal::SIGXFSZ);
     set.thread_block()?;
     shim::process::raise_nofile();
+    shim::faults::look_in(crate::rundir::path());
     starter::run(|starter| contact(config, starter), trace)
 }
 

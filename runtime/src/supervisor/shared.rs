@@ -243,6 +243,11 @@ impl Shared {
         }
     }
 
+    /// Whether the contact is lost for good.
+    pub fn is_cut_off(&self) -> bool {
+        self.link().is_ok_and(|link| link.lost().is_some())
+    }
+
     /// Asks home and waits for the answer. Not for the thread that delivers frames.
     ///
     /// # Errors

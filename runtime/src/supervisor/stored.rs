@@ -14,6 +14,7 @@ use linklayer::image::PAGE;
 use linklayer::pages::known::{Hash, Known, MAX_KNOWN, Source};
 use linklayer::pages::{self, Kept};
 use parking_lot::Mutex;
+use shim::faults::{self, Point};
 
 use super::arrivals::Frames;
 use super::handshake::StoreConfig;
@@ -178,7 +179,10 @@ fn serve(store: &PageStore, works: &Receiver<Work>, waiting_bytes: &AtomicUsize)
             Work::Memory(pages, landed) => {
                 waiting_bytes.fetch_sub(bytes(&pages, &landed), Ordering::Relaxed);
                 let pages = pages.runs().flat_map(|(_, run)| run.chunks(PAGE as usize));
-                store.insert(pages).and_then(|()| insert_frames(store, &landed))
+                let there_is_room = faults::at(Point::TargetKeep, 0).map_err(io::Error::other);
+                there_is_room
+                    .and_then(|()| store.insert(pages))
+                    .and_then(|()| insert_frames(store, &landed))
             }
             Work::File(file, fetched) => insert_file(store, &file, &fetched),
             Work::Used => Ok(()),

@@ -533,8 +533,12 @@ impl Tracer {
         self.release(pid)
     }
 
-    /// Lets all held threads of a guest run.
+    /// Lets all held threads of a guest run, unless the contact is lost: then it may run elsewhere already, and whatever is here
+    /// ends.
     pub(super) fn release(&mut self, pid: i32) -> anyhow::Result<()> {
+        if self.shared.is_cut_off() {
+            return Ok(());
+        }
         self.holds.remove(&pid);
         self.quiet.remove(&pid);
         self.departures.remove(&pid);

@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::Context;
 use linklayer::image::ProcessImage;
 use linklayer::pages::Writer;
-use linklayer::quic::Link;
+use linklayer::quic::{Link, STANDSTILL};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind, Mode, Phase, Times, Vfork};
 use shim::capture::SharedObjects;
@@ -17,9 +17,9 @@ use shim::postcopy::Pusher;
 use shim::track::Tracker;
 
 use super::departure::{self, Departure, Failure, Parts};
-use super::faults::{self, Point};
 use super::held;
 use super::shared::{Command, Shared};
+use shim::faults::{self, Point};
 
 /// A captured guest.
 pub(super) struct Member {
@@ -49,7 +49,12 @@ pub(super) fn start(shared: &Arc<Shared>, first: i32, members: Vec<Member>, time
 
 /// Home has everything: it is to run those who are still there. Then comes what they run there without.
 fn commit(shared: &Shared, lane: i32, group: Vec<i32>, rest: Option<Rest>) -> Result<(), Failure> {
-    faults::at(Point::SourceResume).map_err(|why| Failure::new(Phase::Resume, why))?;
+    faults::at(Point::SourceResume, lane).map_err(|why| Failure::new(Phase::Resume, why))?;
+    let cut = |rest: &Rest| !rest.link.await_live(STANDSTILL);
+    if rest.as_ref().is_some_and(cut) {
+        let why = "the link on which the rest of it is to go is cut";
+        return Err(Failure::new(Phase::Resume, why));
+    }
     let home = |e: &dyn std::fmt::Display| Failure::new(Phase::Resume, format!("home: {e}"));
     let commit = wire::encode(&wire::HomeCommit { group });
     let answer = shared
@@ -72,8 +77,10 @@ fn send(
     mut members: Vec<Member>,
     times: Times,
 ) -> anyhow::Result<(i32, Vec<i32>, Option<Rest>)> {
-    faults::at(Point::SourceTransfer).map_err(anyhow::Error::msg)?;
     let mut group: Vec<i32> = members.iter().map(|m| m.pid).collect();
+    for pid in &group {
+        faults::at(Point::SourceTransfer, *pid).map_err(anyhow::Error::msg)?;
+    }
     let shared_memory = SharedObjects::of(members.iter().map(|m| (m.reached_by, &m.image)));
     let lane = group.first().copied().unwrap_or_default();
     // Who shares memory comes with it.

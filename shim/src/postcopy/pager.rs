@@ -17,6 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use crate::faults::{self, Point};
 use crate::userfault::{Happened, Put, Userfault};
 
 /// How often it is told how far it is.
@@ -123,9 +124,9 @@ impl Pager {
         self.open.load(Ordering::Acquire)
     }
 
-    /// Whether the rest is lost.
-    pub fn is_lost(&self) -> bool {
-        self.state.lock().lost.is_some()
+    /// Why the rest is lost, when it is.
+    pub fn loss(&self) -> Option<String> {
+        self.state.lock().lost.clone()
     }
 
     /// Takes up a frame of the source's.
@@ -151,6 +152,7 @@ impl Pager {
         if !piece.address.is_multiple_of(PAGE) || !len.is_multiple_of(PAGE) {
             return Err("pages that are none".into());
         }
+        let no_memory = faults::at(Point::TargetRest, self.pid).is_err();
         let mut state = self.state.lock();
         let count = len / PAGE;
         let pages = &mut state.after.pages;
@@ -167,7 +169,7 @@ impl Pager {
         }
         let mut over = true;
         for space in &mut state.spaces {
-            if !space.put(piece.address, &piece.data, zero) {
+            if no_memory || !space.put(piece.address, &piece.data, zero) {
                 space.late.push((piece.address, piece.data.to_vec()));
             }
             over &= space.is_done();
@@ -263,8 +265,12 @@ impl Pager {
     /// Serves until all pages are here, or cannot be had, or are not needed. `tell` hears now and then how far it is. `ended` is called
     /// once, before anybody who waits for a page gets zeros.
     pub fn serve(self: &Arc<Self>, tell: &mut dyn FnMut(Progress), ended: impl FnOnce(End)) {
-        // There may be nothing to wait for.
-        self.rouse();
+        // There may be nothing to wait for, or nothing may come any more: of a link that was lost before frames found this, nobody
+        // is told again.
+        match self.link.lost() {
+            Some(why) => self.lost(&why.to_string()),
+            None => self.rouse(),
+        }
         let end = loop {
             match self.round() {
                 Ok(Some(end)) => break end,
@@ -274,7 +280,10 @@ impl Pager {
         };
         let after = self.state.lock().after;
         let result = match &end {
-            End::Lost(why) => Err(why.clone()),
+            End::Lost(why) => {
+                self.lost(why);
+                Err(why.clone())
+            }
             End::Needless(_) => Err("it has ended".into()),
             End::Whole(_) => {
                 // Its memory is its own again: nobody has to be told of what it does.

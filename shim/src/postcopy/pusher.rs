@@ -15,6 +15,7 @@ use linklayer::wire::{self, Kind};
 use parking_lot::{Condvar, Mutex};
 
 use super::pager::PATIENCE;
+use crate::faults::{self, Point};
 use crate::memory::ProcessMemory;
 
 /// How much is sent in one piece when nobody waits for it, bytes.
@@ -127,7 +128,6 @@ impl Pusher {
 
     /// Sends until the target has all. The pages must stay as they are until then.
     pub fn run(&self, link: &Link) -> Pushed {
-        link.be_patient(PATIENCE);
         // What the target has in its page store goes as it is, too: somebody may be waiting for it, and it has to be there.
         let mut writer = Writer::default();
         let (lane, urgent) = (self.pid as u32, self.pid as u32 ^ OTHER_LANE);
@@ -151,6 +151,9 @@ impl Pusher {
                 (lane, state.rest.next(PIECE_BYTES).into_iter().collect())
             };
             drop(state);
+            if let Err(why) = faults::at(Point::SourceRest, self.pid) {
+                tracing::debug!(pid = self.pid, why, "goes on");
+            }
             let sent = crate::capture::write_memory(&self.memory, &runs, &mut writer, &mut |kind, parts| {
                 let header = Header::new(kind as u16, self.pid, link.next_seq());
                 link.send(lane, header, parts).map_err(io::Error::other)
@@ -193,6 +196,8 @@ impl SourceLink {
         reached_by: i32,
         later: Vec<Range<u64>>,
     ) -> io::Result<Arc<Pusher>> {
+        // If it is lost from now on, so is the process.
+        link.be_patient(PATIENCE);
         let pusher = Pusher::new(pid, reached_by, later)?;
         let mut early = self.early.lock();
         for (lane, header, payload) in early.drain(..) {
