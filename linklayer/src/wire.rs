@@ -153,6 +153,7 @@ pub enum Kind {
     /// Deputy to supervisor: continue ([`Pid`]).
     Thaw = 36,
     /// Deputy to supervisor: the process exists no longer; remove the guest ([`Pid`]).
+    /// It goes on the lane of the process, as what begins every move of it does, so that it never meets a later guest of this pid.
     Discard = 37,
     /// Deputy to supervisor: send this process home ([`Bring`]).
     Bring = 38,
