@@ -16,7 +16,6 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use shim::ptrace::{self, Status, Stop, Stopped, Target};
 
-use crate::outward::Leaving;
 use crate::process::{Mode, Process, Role, Task};
 use crate::shared::{Command, Shared};
 
@@ -189,10 +188,7 @@ impl Home {
     /// to stand still and goes on is interrupted again.
     fn hold_on(&self, pid: i32, tid: i32, stop: Stop) -> anyhow::Result<()> {
         let goes_on = !matches!(stop, Stop::Interrupt | Stop::Group(_) | Stop::Exit { .. });
-        let to_be_held = |p: &Process| {
-            matches!(p.mode, Mode::Native)
-                && (p.frozen || p.together.is_some() || p.leaving.as_ref().is_some_and(Leaving::stops))
-        };
+        let to_be_held = |p: &Process| matches!(p.mode, Mode::Native) && (p.frozen || p.stops_to_leave());
         if goes_on && self.processes.get(&pid).is_some_and(to_be_held) && self.tasks.contains_key(&tid) {
             return unless_gone(ptrace::interrupt(tid));
         }
@@ -220,10 +216,11 @@ impl Home {
                 stopped.cont(sig)?;
             }
             Stop::Group(_) => {
-                if let Some(task) = self.tasks.get_mut(&tid) {
-                    task.group_stopped = true;
+                let leaves = self.processes.get(&pid).is_some_and(Process::stops_to_leave);
+                if leaves {
+                    return self.held(pid, stopped);
                 }
-                stopped.listen()?;
+                self.let_go(stopped)?;
             }
             Stop::Interrupt => {
                 let mut stopped = stopped;
@@ -257,9 +254,8 @@ impl Home {
         let owner = shim::process::of_thread(child).unwrap_or(child);
         if owner == parent {
             self.tasks.insert(child, Task::new(child, parent, Role::Native));
-            if self.processes.get(&parent).is_some_and(|p| {
-                p.frozen || p.together.is_some() || p.leaving.as_ref().is_some_and(Leaving::stops)
-            }) {
+            let to_be_held = |p: &Process| p.frozen || p.stops_to_leave();
+            if self.processes.get(&parent).is_some_and(to_be_held) {
                 // Its first stop may be over already.
                 let _ = ptrace::interrupt(child);
             }
@@ -335,11 +331,6 @@ impl Home {
     }
 
     /// Asks all threads of a process to stop.
-    pub(crate) fn interrupt_threads(&self, pid: i32) -> anyhow::Result<()> {
-        let mut threads = self.tasks.values().filter(|t| t.pid == pid);
-        threads.try_for_each(|task| unless_gone(ptrace::interrupt(task.tid)))
-    }
-
     /// Takes a process out of the job.
     pub(crate) fn forget(&mut self, pid: i32) {
         if let Some(mut process) = self.processes.remove(&pid) {

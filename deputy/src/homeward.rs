@@ -15,7 +15,7 @@ use linklayer::wire::{self, MoveReport, Times};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shim::faults::{self, Point};
-use shim::ptrace::{Stop, Stopped};
+use shim::ptrace::{self, Stopped};
 use shim::vessel::{Vessel, VesselError};
 
 use crate::calls::{self, Worker};
@@ -42,9 +42,8 @@ impl Home {
         };
         match self.prepare_home(&body) {
             Ok(Some((worker, node))) => {
-                let (landed, stale) = self.in_vessel(pid, body.early);
-                self.lay_out(worker, node, reply, body, (landed, stale));
-                Ok(())
+                let in_vessel = self.in_vessel(pid, body.early);
+                self.lay_out(worker, node, reply, body, in_vessel)
             }
             Ok(None) => self.laid_out(&reply, body, Ok(Duration::ZERO)),
             Err(e) => self.laid_out(&reply, body, Err(e)),
@@ -85,17 +84,18 @@ impl Home {
     }
 
     /// Has the vessel take the layout. This waits for the vessel, which may be stopped, and only this thread lets it go on:
-    /// another waits.
+    /// another waits. A group-stop does not hold up the thread that does it.
     fn lay_out(
-        &self,
+        &mut self,
         worker: Arc<Worker>,
         node: u32,
         reply: ReplyTo,
         body: wire::Homecoming,
         (landed, stale): (Landed, bool),
-    ) {
+    ) -> anyhow::Result<()> {
         let begun = Instant::now();
         let (shared, tid) = (self.shared.clone(), worker.tid);
+        self.lend(tid, true)?;
         calls::in_turn(&self.shared, tid, move || {
             crate::contact::spawn("layout", move || {
                 if let Err(why) = faults::at(Point::TargetRestore, body.image.pid) {
@@ -125,6 +125,21 @@ impl Home {
                 shared.post(Command::LaidOut(reply, Box::new(body), result));
             });
         });
+        Ok(())
+    }
+
+    /// Has a thread of a vessel work for us in spite of a group-stop, or not any more.
+    fn lend(&mut self, tid: i32, lent: bool) -> anyhow::Result<()> {
+        match self.tasks.get_mut(&tid) {
+            Some(task) if task.lent != lent => {
+                task.lent = lent;
+                match task.group_stopped {
+                    true => unless_gone(ptrace::interrupt(tid)),
+                    false => Ok(()),
+                }
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The vessel has the layout of its image, for which it took some time, or could not take it.
@@ -134,10 +149,10 @@ impl Home {
         body: wire::Homecoming,
         result: anyhow::Result<Duration>,
     ) -> anyhow::Result<()> {
-        let pid = body.image.pid;
+        let (pid, tid) = (body.image.pid, body.image.reached_by());
+        self.lend(tid, false)?;
         match result {
             Ok(took) => {
-                let tid = body.image.reached_by();
                 self.shared.homecoming.lock().insert(pid, tid);
                 if let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) {
                     away.has_pages = true;
@@ -256,6 +271,10 @@ impl Home {
             };
             // What was pending when it left is known no longer than for that: others may look alike.
             let carried = std::mem::take(&mut process.carried);
+            // Whoever left a group-stop just now is stopped again, like the others.
+            for worker in std::mem::take(&mut away.parked) {
+                unless_gone(worker.cont(0))?;
+            }
             if let Some((mut coming, layout_took)) = away.coming {
                 if let Some(kept) = away.kept.take() {
                     add_kept(&mut coming.image, kept);
@@ -292,13 +311,12 @@ impl Home {
                 Err(e) => lost(body.image.pid, &e),
             }
         }
-        let now_ns = shim::capture::clocks().monotonic_ns;
         for (threads, body) in running {
-            for sleep in body.image.threads.iter().filter_map(|t| t.sleep) {
-                let memory = shim::memory::ProcessMemory::new(body.image.reached_by());
-                if let Err(e) = memory.write_forced(sleep.timespec, &sleep.left(now_ns)) {
-                    tracing::debug!(error = %e, "rest of a sleep");
-                }
+            let pid = body.image.pid;
+            if let Some(process) = self.processes.get_mut(&pid) {
+                process.sleeps = (body.image.threads.iter())
+                    .filter_map(|t| Some((t.tid, t.sleep?)))
+                    .collect();
             }
             for stopped in threads {
                 self.resume_thread(stopped, body, group)?;
@@ -357,22 +375,9 @@ impl Home {
                 self.vforked.insert(vfork.child, (pid, stopped));
                 Ok(())
             }
-            (_, Some(process)) if process.frozen && !matches!(stopped.stop(), Stop::Group(_)) => {
-                process.standing.push(stopped);
-                Ok(())
-            }
             _ => {
-                let resumed = match stopped.stop() {
-                    // The vessel was stopped by job control.
-                    Stop::Group(_) => {
-                        if let Some(task) = self.tasks.get_mut(&tid) {
-                            task.group_stopped = true;
-                        }
-                        stopped.listen()
-                    }
-                    _ => stopped.cont(0),
-                };
-                unless_gone(resumed)
+                // If the vessel was stopped by job control, it goes on to be so.
+                self.let_go_unless_gone(stopped)
             }
         }
     }

@@ -215,13 +215,6 @@ impl Home {
             hop.fail(pid, stays);
             return Ok(());
         }
-        if process.away().is_some_and(|away| away.frozen) {
-            hop.fail(
-                pid,
-                format!("{stays}; it is stopped, so it does not go by way of home"),
-            );
-            return Ok(());
-        }
         // The nodes do not reach each other, but home reaches both; and those who share memory come together there.
         let mut wish = hop.withdraw(pid);
         wish.before = Some(MoveReport {

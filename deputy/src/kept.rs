@@ -52,6 +52,13 @@ impl Away {
         send(&self.link, pid, kind, &wire::encode(&wire::Pid(pid)));
     }
 
+    /// Its group-stop has ended, and the guest has been sent the SIGCONT.
+    pub fn thaw(&mut self, pid: i32) {
+        if std::mem::take(&mut self.frozen) {
+            self.say_frozen(pid);
+        }
+    }
+
     /// The guest takes signals again. One that was built anew (`fresh`) has not been told to stand still.
     pub fn give_kept(&mut self, pid: i32, fresh: bool) {
         let kept = self.kept.take();
@@ -116,7 +123,7 @@ impl Home {
             }
         }
         for thread in standing {
-            unless_gone(thread.cont(0))?;
+            self.let_go_unless_gone(thread)?;
         }
         let _ = done.send(Ok(()));
         Ok(())

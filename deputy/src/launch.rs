@@ -12,14 +12,14 @@ use linklayer::stay::StayReason;
 use linklayer::wire::{self, FileRef, Kind, MoveReport, Phase};
 use shim::faults::{self, Point};
 use shim::process::resident_bytes;
-use shim::ptrace::Stopped;
+use shim::ptrace::{Stop, Stopped};
 use shim::track::Tracker;
 use shim::vessel::Vessel;
 
 use crate::entry::Breakpoint;
 use crate::home::Home;
 use crate::hop::Hop;
-use crate::outward::{Ready, reason_of, release, stayed};
+use crate::outward::{Ready, reason_of, stayed};
 use crate::postcopy::Rest;
 use crate::process::{Away, Mode, Role, Task, send};
 use crate::road::{Description, Road};
@@ -169,7 +169,7 @@ impl Home {
                     process.stay_at_home(reason_of(&e));
                 }
                 self.publish(pid);
-                release(threads)?;
+                self.release(threads)?;
             }
         }
         Ok(())
@@ -215,9 +215,10 @@ impl Home {
                 }
                 process.stay = Some(reason_of(&why));
                 self.publish(pid);
-                return release(threads);
+                return self.release(threads);
             }
         };
+        let stopped = in_group_stop(&threads);
         // To drop much memory takes its time, which the guest does not have to wait for.
         let large = resident_bytes(pid) > wire::LARGE_BYTES;
         match self.empty(pid, threads, large || rest.is_some()) {
@@ -227,7 +228,7 @@ impl Home {
                 } else {
                     "placed at exec"
                 };
-                self.is_away(vessel, pending, node, &link, how);
+                self.is_away(vessel, (pending, stopped), node, &link, how);
                 self.publish(pid);
                 tracing::info!(pid, node, "runs there");
                 send(&link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));
@@ -264,18 +265,19 @@ impl Home {
                     process.stay = Some(StayReason::Limits);
                 }
                 self.publish(pid);
-                release(whole)
+                self.release(whole)
             }
         }
     }
 }
 
 impl Home {
-    /// A process has become a vessel. Its guest does not run yet.
+    /// A process has become a vessel. Its guest does not run yet. Given with it are the signals that were pending for single
+    /// threads, and whether it was in a group-stop.
     pub(crate) fn is_away(
         &mut self,
         vessel: Vessel,
-        pending: Vec<(i32, SigInfo)>,
+        (pending, stopped): (Vec<(i32, SigInfo)>, bool),
         node: u32,
         link: &Link,
         how: &'static str,
@@ -285,7 +287,9 @@ impl Home {
             return;
         };
         let mut away = Away::new(vessel, node, link.clone());
-        // What was pending for single threads comes before the first instruction.
+        // What was pending for single threads comes before the first instruction, and so does the SIGCONT that ends a group-stop,
+        // which the catcher has yet to take.
+        let continued = pending.iter().any(|(_, info)| info.signo() == libc::SIGCONT);
         for (tid, info) in pending {
             let info = crate::resend::first(&mut process.resent, info);
             let signal = wire::Signal {
@@ -297,11 +301,21 @@ impl Home {
             };
             away.relay(pid as u32, signal);
         }
+        away.asked = process.frozen;
+        away.continued = continued;
+        away.frozen = stopped && !continued;
+        away.say_frozen(pid);
         process.stay = None;
         process.how = how;
         process.moves_out += 1;
+        process.sleeps.clear();
         process.mode = Mode::Away(Box::new(away));
     }
+}
+
+/// Whether threads of one process are stopped by job control.
+pub(crate) fn in_group_stop(threads: &[Stopped]) -> bool {
+    threads.iter().any(|t| matches!(t.stop(), Stop::Group(_)))
 }
 
 /// Whether a program that was just executed may be moved at all.

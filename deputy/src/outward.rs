@@ -16,10 +16,10 @@ use linklayer::wire::{self, Kind, MoveReport, Phase, Way};
 use shim::capture::{CaptureError, SendError};
 use shim::faults::{self, Point};
 use shim::process::resident_bytes;
-use shim::ptrace::Stopped;
+use shim::ptrace::{self, PtraceError, Stop, Stopped};
 use shim::track::Tracker;
 
-use crate::home::Home;
+use crate::home::{Home, unless_gone};
 use crate::launch::{Namer, Start, process_launch};
 use crate::process::Mode;
 use crate::road::{Description, Road};
@@ -145,13 +145,9 @@ impl Home {
             Mode::Away(away) if away.node == wish.node => wish.fulfil(MoveReport::default()),
             Mode::Away(_) => self.hop(pid, wish),
             Mode::Launching(..) => wish.refuse(pid, &StayReason::Moving),
-            Mode::Native if process.frozen => wish.refuse(pid, &StayReason::Frozen),
             Mode::Native if process.vforking > 0 => {
                 // Its thread stops only when its child has given the memory back.
                 process.after_vfork.push((pid, wish));
-            }
-            Mode::Native if self.tasks.values().any(|t| t.pid == pid && t.group_stopped) => {
-                wish.refuse(pid, &StayReason::Stopped);
             }
             Mode::Native => self.prepare(pid, wish),
         }
@@ -232,28 +228,68 @@ impl Home {
             leaving.stage = stage;
             leaving.since = Instant::now();
         }
-        self.interrupt_threads(pid)
+        self.stop_to_leave(pid)
+    }
+
+    /// Stops the threads of a process at home that is to leave. Those that stand still already have stopped.
+    pub(crate) fn stop_to_leave(&mut self, pid: i32) -> anyhow::Result<()> {
+        let process = self.processes.get_mut(&pid).context("process at home")?;
+        let standing = std::mem::take(&mut process.standing);
+        let stands = |tid| standing.iter().any(|t| t.tid() == tid);
+        for task in self.tasks.values().filter(|t| t.pid == pid && !stands(t.tid)) {
+            unless_gone(ptrace::interrupt(task.tid))?;
+        }
+        standing.into_iter().try_for_each(|thread| self.held(pid, thread))
     }
 
     /// A thread of a process at home has stopped because it was asked to.
     pub(crate) fn held(&mut self, pid: i32, stopped: Stopped) -> anyhow::Result<()> {
         let process = self.processes.get_mut(&pid).context("process at home")?;
-        if process.frozen {
-            process.standing.push(stopped);
-            return Ok(());
-        }
         if let Some(first) = process.together {
             return self.held_together(first, stopped);
         }
         self.held_for_leaving(pid, stopped)
     }
 
+    /// Lets threads of processes at home go on.
+    pub(crate) fn release(&mut self, threads: Vec<Stopped>) -> anyhow::Result<()> {
+        threads.into_iter().try_for_each(|thread| self.let_go(thread))
+    }
+
+    /// Lets a thread of a process at home go on: one that is in a group-stop from SIGCONT on, one that is to stand still
+    /// when somebody wants it to.
+    pub(crate) fn let_go(&mut self, stopped: Stopped) -> anyhow::Result<()> {
+        let Some(task) = self.tasks.get_mut(&stopped.tid()) else {
+            return Ok(stopped.cont(0)?);
+        };
+        if matches!(stopped.stop(), Stop::Group(_)) {
+            task.group_stopped = true;
+            return Ok(stopped.listen()?);
+        }
+        let pid = task.pid;
+        match self.processes.get_mut(&pid).filter(|p| p.frozen) {
+            Some(process) => process.standing.push(stopped),
+            None => {
+                self.begin_sleeps(pid);
+                stopped.cont(0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same where it does no harm that the thread is dead.
+    pub(crate) fn let_go_unless_gone(&mut self, stopped: Stopped) -> anyhow::Result<()> {
+        match self.let_go(stopped) {
+            Err(e) if e.downcast_ref().is_some_and(PtraceError::is_gone) => Ok(()),
+            other => other,
+        }
+    }
+
     /// A thread of a process that leaves has stopped.
     fn held_for_leaving(&mut self, pid: i32, stopped: Stopped) -> anyhow::Result<()> {
         let process = self.processes.get_mut(&pid).context("process that leaves")?;
         let Some(leaving) = process.leaving.as_mut().filter(|l| l.stops()) else {
-            stopped.cont(0)?;
-            return Ok(());
+            return self.let_go(stopped);
         };
         leaving.held.push(stopped);
         self.leave_if_all_held(pid)
@@ -283,7 +319,7 @@ impl Home {
             if let Some(tracked) = leaving.tracked.take() {
                 let _ = tracked.send(begun);
             }
-            return release(held);
+            return self.release(held);
         }
         match process.leaving.take() {
             Some(leaving) => self.leave(pid, leaving),
@@ -295,13 +331,13 @@ impl Home {
     fn leave(&mut self, pid: i32, mut leaving: Leaving) -> anyhow::Result<()> {
         let held = std::mem::take(&mut leaving.held);
         let Some(mut ready) = leaving.ready.take() else {
-            return release(held);
+            return self.release(held);
         };
         if let Err(why) = faults::at(Point::SourceSeize, pid) {
             leaving
                 .wish
                 .fail(stayed(pid, Phase::Seize, &anyhow::Error::msg(why)));
-            return release(held);
+            return self.release(held);
         }
         ready.report.times.seize_us = leaving.since.elapsed().as_micros() as u64;
         let described_at = Instant::now();
@@ -314,7 +350,7 @@ impl Home {
                     process.stay = Some(reason_of(&e));
                 }
                 self.publish(pid);
-                return release(threads);
+                return self.release(threads);
             }
         };
         if self.shares_memory(pid, &image) {
@@ -344,7 +380,7 @@ impl Home {
 
     /// It is in a sleep whose rest only the kernel knows: let it go on and look again soon.
     fn try_again(&mut self, pid: i32, mut leaving: Leaving, threads: Vec<Stopped>) -> anyhow::Result<()> {
-        release(threads)?;
+        self.release(threads)?;
         if leaving.wish.tries == 0 {
             leaving.wish.refuse(pid, &StayReason::TimedWait);
             return Ok(());
@@ -367,12 +403,12 @@ impl Home {
 impl Home {
     /// As for one process, for those that leave together: the whole is tried again.
     pub(crate) fn again_together(
-        &self,
+        &mut self,
         pid: i32,
         wish: Option<Wish>,
         threads: Vec<Stopped>,
     ) -> anyhow::Result<()> {
-        release(threads)?;
+        self.release(threads)?;
         let Some(mut wish) = wish else { return Ok(()) };
         if wish.tries == 0 {
             wish.refuse(pid, &StayReason::TimedWait);
@@ -476,14 +512,6 @@ fn precopy(shared: &Arc<Shared>, pid: i32, ready: &mut Ready, mode: wire::Mode) 
     };
     ready.report.times.precopy_us = begun.elapsed().as_micros() as u64;
     ready.tracker = Some(tracker);
-    Ok(())
-}
-
-/// Lets threads go on.
-pub(crate) fn release(threads: Vec<Stopped>) -> anyhow::Result<()> {
-    for thread in threads {
-        thread.cont(0)?;
-    }
     Ok(())
 }
 

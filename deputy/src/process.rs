@@ -7,7 +7,7 @@ use crate::hop::Hop;
 use crate::kept::Kept;
 use crate::outward::{Done, Leaving, Wish};
 use crossbeam_channel::Sender;
-use linklayer::image::{Area, SigAction};
+use linklayer::image::{Area, SigAction, Sleep};
 use linklayer::quic::{Link, ReplyTo};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind};
@@ -53,6 +53,8 @@ pub struct Task {
     pub waiting: Option<(u32, [u64; 8])>,
     /// It is in a group-stop.
     pub group_stopped: bool,
+    /// It makes calls for us that cannot wait until its group-stop has ended.
+    pub lent: bool,
     /// Signals for this thread alone, which its worker must not block.
     pub unblocked: u64,
     /// Calls that make such signals come, with their results; they end when the signal is unblocked.
@@ -91,6 +93,7 @@ impl Task {
             ends: None,
             waiting: None,
             group_stopped: false,
+            lent: false,
             unblocked: 0,
             unblocking: Vec::new(),
             exposure: None,
@@ -226,6 +229,8 @@ pub struct Process {
     pub resent: Vec<crate::resend::Resent>,
     /// Signals that were pending when it was described for another node: they went with it, and its vessel forgets them.
     pub carried: Vec<linklayer::image::SigInfo>,
+    /// Relative sleeps of its threads at home, which begin anew when they go on.
+    pub sleeps: Vec<(i32, Sleep)>,
     /// Who waits for it to come home.
     pub waiters: Vec<Done>,
     /// It is at home, but some of its memory is still coming.
@@ -262,6 +267,7 @@ impl Process {
             stopping: None,
             resent: Vec::new(),
             carried: Vec::new(),
+            sleeps: Vec::new(),
             waiters: Vec::new(),
             pager: None,
             came: None,
@@ -274,6 +280,11 @@ impl Process {
             Mode::Away(away) => away.node,
             _ => 0,
         }
+    }
+
+    /// Whether its threads are being stopped so that it can leave home.
+    pub fn stops_to_leave(&self) -> bool {
+        self.together.is_some() || self.leaving.as_ref().is_some_and(Leaving::stops)
     }
 
     /// Its home half, when its user half is away.

@@ -176,6 +176,8 @@ impl Home {
         let process = self.processes.get_mut(&pid).context("process of the vessel")?;
         let Some(away) = process.away() else { return Ok(()) };
         away.continued = true;
+        // It takes the signal before it does anything else.
+        away.thaw(pid);
         for worker in std::mem::take(&mut away.parked) {
             let tid = worker.tid();
             if let Err(e) = self.leave_stop(pid, worker) {

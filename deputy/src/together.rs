@@ -16,7 +16,7 @@ use shim::ptrace::Stopped;
 use shim::vessel::Vessel;
 
 use crate::home::Home;
-use crate::outward::{Wish, reason_of, release};
+use crate::outward::{Wish, reason_of};
 use crate::process::{Mode, send};
 use crate::road::Description;
 use crate::shared::Command;
@@ -78,7 +78,7 @@ impl Home {
                 group.held.insert(stopped.tid(), stopped);
                 self.together_progress(first)
             }
-            None => Ok(stopped.cont(0)?),
+            None => self.let_go(stopped),
         }
     }
 
@@ -157,9 +157,6 @@ impl Home {
         if process.together.is_some() {
             return because(StayReason::Moving);
         }
-        if self.tasks.values().any(|t| t.pid == pid && t.group_stopped) {
-            return because(StayReason::Stopped);
-        }
         None
     }
 
@@ -170,7 +167,7 @@ impl Home {
         if let Some(group) = self.together.get_mut(&first) {
             group.members.insert(pid);
         }
-        self.interrupt_threads(pid)
+        self.stop_to_leave(pid)
     }
 
     /// Some processes at home, and all of the job who share memory with one of them.
@@ -215,7 +212,7 @@ impl Home {
                 self.publish(first);
             }
         }
-        release(group.held.into_values().collect())
+        self.release(group.held.into_values().collect())
     }
 
     fn ungroup(&mut self, members: impl Iterator<Item = i32>) {
@@ -235,7 +232,7 @@ impl Home {
         if let (Some(wish), Some(process)) = (group.wish, self.processes.get_mut(&busy)) {
             process.after_vfork.push((first, wish));
         }
-        release(group.held.into_values().collect())
+        self.release(group.held.into_values().collect())
     }
 
     /// Everybody stands still and nobody is missing: all are described and sent.
@@ -335,9 +332,10 @@ impl Home {
                 unchanged.push((pid, threads));
                 continue;
             }
+            let stops = crate::launch::in_group_stop(&threads);
             crate::vessel::set_options(&mut threads, Home::vessel_options());
             match Vessel::prepare(threads, &self.arena) {
-                Ok(one) => prepared.push((pid, one)),
+                Ok(one) => prepared.push((pid, one, stops)),
                 // Killed: the others leave without it.
                 Err((threads, _)) if threads.is_empty() => discard(pid),
                 Err((threads, e)) => {
@@ -348,12 +346,12 @@ impl Home {
         }
         if let Some(why) = failed {
             sent.members.iter().copied().for_each(discard);
-            unchanged.extend(prepared.into_iter().map(|(pid, one)| (pid, one.undo())));
+            unchanged.extend(prepared.into_iter().map(|(pid, one, _)| (pid, one.undo())));
             return self.stay_together(sent, &why, unchanged);
         }
         // From here on there is no way back.
         let mut gone = Vec::new();
-        for (pid, one) in prepared {
+        for (pid, one, stops) in prepared {
             match one.settle(false) {
                 Ok((vessel, mut parts)) => {
                     let pending = std::mem::take(&mut parts.pending);
@@ -363,7 +361,7 @@ impl Home {
                     } else {
                         "placed at exec"
                     };
-                    self.is_away(vessel, pending, node, &link, how);
+                    self.is_away(vessel, (pending, stops), node, &link, how);
                     self.publish(pid);
                     gone.push(pid);
                 }
@@ -395,7 +393,7 @@ impl Home {
                 process.stay = Some(StayReason::NoNode(why.to_string()));
             }
             self.publish(pid);
-            release(threads)?;
+            self.release(threads)?;
         }
         if let Some(wish) = sent.wish {
             wish.fail(why.to_string());

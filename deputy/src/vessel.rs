@@ -57,6 +57,13 @@ impl Home {
                 return Err(reason.into());
             }
             self.carry(&mut image);
+            // Those that have not begun anew since it came home.
+            if let Some(process) = self.processes.get(&pid) {
+                for (tid, sleep) in &process.sleeps {
+                    let thread = image.threads.iter_mut().find(|t| t.tid == *tid);
+                    thread.into_iter().for_each(|t| t.sleep = Some(*sleep));
+                }
+            }
             Ok((image, namer.files()))
         });
         if Home::outlived() {
@@ -97,6 +104,11 @@ impl Home {
         self.shared.catchers.write().insert(pid, parts.catcher);
         self.tasks
             .insert(parts.catcher, Task::new(parts.catcher, pid, Role::Catcher));
+        for tid in parts.listening {
+            if let Some(task) = self.tasks.get_mut(&tid) {
+                task.group_stopped = true;
+            }
+        }
         if let Some(process) = self.processes.get_mut(&pid) {
             process.actions = parts.actions;
         }
@@ -133,7 +145,11 @@ impl Home {
                 {
                     Vessel::withdraw_call(&mut stopped, &worker.slot)?;
                 }
-                stopped.listen()?;
+                if task.lent {
+                    stopped.cont(0)?;
+                } else {
+                    stopped.listen()?;
+                }
                 let process = self.processes.get_mut(&pid).context("process of the vessel")?;
                 let Some(away) = process.away() else { return Ok(()) };
                 // Another thread's report of this stop may come late, when the catcher has taken the SIGCONT that ended it.
@@ -187,17 +203,15 @@ impl Home {
         let Some(away) = process.away() else {
             return Ok(stopped.cont(0)?);
         };
-        if away.frozen {
-            away.frozen = false;
-            away.say_frozen(pid);
-        }
         if catcher {
+            // It is about to take the SIGCONT.
             return Ok(stopped.cont(0)?);
         }
         if !away.continued && !signals::continued_thread(pid) {
             away.parked.push(stopped);
             return Ok(());
         }
+        away.thaw(pid);
         self.leave_stop(pid, stopped)
     }
 
@@ -537,9 +551,6 @@ impl Home {
             }
             Mode::Launching(..) => {
                 let _ = done.send(Err(format!("process {pid} is being moved at this moment")));
-            }
-            Mode::Away(away) if away.frozen => {
-                let _ = done.send(Err(format!("process {pid} is stopped; continue it first")));
             }
             Mode::Away(_) if process.hop.is_some() => {
                 let _ = done.send(Err(format!("process {pid} is being moved at this moment")));

@@ -32,6 +32,19 @@ impl Home {
         }
     }
 
+    /// A process at home goes on, or some of its threads do: their relative sleeps begin anew, for what is left of them.
+    pub(crate) fn begin_sleeps(&mut self, pid: i32) {
+        let now_ns = shim::capture::clocks().monotonic_ns;
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return;
+        };
+        for (tid, sleep) in process.sleeps.drain(..) {
+            if let Err(e) = ProcessMemory::new(tid).write_forced(sleep.timespec, &sleep.left(now_ns)) {
+                tracing::debug!(pid, error = %e, "rest of a sleep");
+            }
+        }
+    }
+
     /// Sees to it that the waits of a process that leaves end when they should. Not if one is of those that have to be over.
     pub(crate) fn settle_waits(&mut self, image: &mut ProcessImage) -> bool {
         let memory = ProcessMemory::new(image.reached_by());

@@ -91,12 +91,6 @@ pub enum StayReason {
     /// A thread is in the vDSO where that cannot be left.
     #[error("has a thread in a call of the vDSO; try again later")]
     InVdso,
-    /// It is stopped by job control.
-    #[error("is stopped; continue it first")]
-    Stopped,
-    /// It is frozen.
-    #[error("is frozen; continue it first")]
-    Frozen,
     /// It moves already.
     #[error("is being moved at this moment")]
     Moving,
@@ -138,8 +132,6 @@ impl StayReason {
             Cpu("avx2".into()),
             TimedWait,
             InVdso,
-            Stopped,
-            Frozen,
             Moving,
             NoNode("example".into()),
         ]
@@ -174,8 +166,6 @@ impl StayReason {
             Cpu(_) => "cpu",
             TimedWait => "timed-wait",
             InVdso => "in-vdso",
-            Stopped => "stopped",
-            Frozen => "frozen",
             Moving => "moving",
             NoNode(_) => "no-node",
         }
@@ -265,12 +255,6 @@ impl StayReason {
             }
             InVdso => {
                 "One of its threads is in a function of the vDSO at an address that the target has not. Ask again."
-            }
-            Stopped => {
-                "It is stopped (SIGSTOP, Ctrl-Z). `kill -CONT` or `fg` lets it go on; then it can be moved."
-            }
-            Frozen => {
-                "It was frozen at home (`mosmigrate PID freeze`). `mosmigrate PID continue` lets it go on."
             }
             Moving => {
                 "A move of it, or of a process with which it shares memory, is under way. Ask again when that has ended."

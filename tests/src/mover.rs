@@ -40,13 +40,12 @@ const MODES: [Mode; 5] = [
 const MOVING: &str = "is being moved at this moment";
 /// Words of the answers that say why a process is not moved just now, and that nothing has happened to it. Any other failure
 /// is an error of ours.
-const REFUSALS: [&str; 11] = [
+const REFUSALS: [&str; 10] = [
     // It has just executed another program, or ended.
     "it is not here any more",
     // It was faster.
     "it is on its way home",
     MOVING,
-    "is stopped; continue it first",
     "; try again later",
     "maps a file shared and writable",
     "shares memory with other processes",

@@ -1,15 +1,18 @@
 //! Processes that share memory are moved: all of them, by a request for any of them, and the memory stays one.
 
+use std::time::Duration;
+
 use tests::compare::{End, How};
 use tests::lab::{Lab, text};
+
 use tests::or_skip;
-use tests::running::Running;
+use tests::running::{Running, wait_for};
 use tests::skip::program;
 
 /// A process with a thread that computes, and three processes that count in memory that all share, and look at it; they
 /// talk by pipes as well. Each answer says whether all got on and all memory is what it was.
 const WORK: &str = "
-import hashlib, mmap, multiprocessing, os, struct, sys, threading, time
+import ctypes, hashlib, mmap, multiprocessing, os, signal, struct, sys, threading, time
 N = 3
 multiprocessing.set_start_method('fork')
 m = mmap.mmap(-1, 64 * mmap.PAGESIZE)
@@ -22,7 +25,18 @@ def shared_is_right():
     return hashlib.sha256(m[4 * mmap.PAGESIZE:]).hexdigest() == right
 def get(i): return struct.unpack_from('<q', m, 8 * i)[0]
 def put(i, v): struct.pack_into('<q', m, 8 * i, v)
+libc = ctypes.CDLL(None)
+libc.shmat.restype = ctypes.c_void_p
+segment = []
+def attach(*_):
+    number = libc.shmget(0, 4096, 0o1600)
+    segment.extend([number, libc.shmat(number, None, 0)])
+def detach(*_):
+    libc.shmdt(ctypes.c_void_p(segment.pop()))
+    libc.shmctl(segment.pop(), 0, None)
 def work(n, pipe):
+    signal.signal(signal.SIGUSR1, attach)
+    signal.signal(signal.SIGUSR2, detach)
     def listen():
         while (word := pipe.recv()) is not None:
             pipe.send((n, word))
@@ -169,26 +183,34 @@ fn soak() {
     group.end();
 }
 
-/// One that job control has stopped cannot go; then nobody goes, and all go on.
+/// One that has a segment of System V cannot go; then nobody goes, and all go on. One that job control has stopped goes with the
+/// others, and one that dies away takes nobody with it.
 #[test]
 fn all_or_none() {
     or_skip!(program("python3"));
     let lab = or_skip!(Lab::shared());
     let mut group = Group::start(&lab, How::Home);
-    let stopped = group.pids[2];
+    let one = group.pids[2];
     let signal = |name: &str| {
         let sent = lab
             .exec(1)
-            .args(["kill", name, &stopped.to_string()])
+            .args(["kill", name, &one.to_string()])
             .status()
             .expect("kill");
         assert!(sent.success());
     };
-    signal("-STOP");
+    let wait_for_segment = |there: bool| {
+        wait_for("the segment", Duration::from_secs(20), || {
+            let maps = lab.inspect(1, format!("cat /proc/{one}/maps"));
+            maps.contains("SYSV") == there
+        });
+    };
+    signal("-USR1");
+    wait_for_segment(true);
     let refused = group.migrate(0, "3");
     assert!(!refused.status.success());
     assert!(
-        text(&refused).contains(&stopped.to_string()) && text(&refused).contains("stopped"),
+        text(&refused).contains(&one.to_string()) && text(&refused).contains("shares memory"),
         "{}",
         text(&refused)
     );
@@ -197,10 +219,17 @@ fn all_or_none() {
         "{:?}",
         group.places()
     );
-    signal("-CONT");
+    signal("-USR2");
+    wait_for_segment(false);
     group.works(0);
+    for to in ["2", "home", "3", "home"] {
+        signal("-STOP");
+        let moved = group.migrate(0, to);
+        assert!(moved.status.success(), "{}", text(&moved));
+        signal("-CONT");
+        group.works(0);
+    }
     group.go(1, "3", 1);
-    // One that dies away takes nobody with it.
     signal("-KILL");
     let moved = group.migrate(0, "home");
     assert!(moved.status.success(), "{}", text(&moved));

@@ -54,3 +54,21 @@ fn a_process_without_its_first_thread() {
     let mut job = moved("headless", How::Home, &ways, Duration::ZERO);
     assert_eq!(job.wait(), End::Code(7));
 }
+
+/// A process that job control has stopped goes where it is sent, stopped, and its parent hears of nothing.
+#[test]
+fn a_stopped_process() {
+    let _lab = or_skip!(Lab::shared());
+    or_skip!(guest("stopped", Link::Dynamic));
+    for (how, ways) in [
+        (How::Home, vec!["2", "home", "3", "2", "home"]),
+        (How::Home, vec!["2", "3"]),
+        (How::Away(2), vec!["home", "3", "home", "2"]),
+        (How::Away(2), vec!["home"]),
+        (How::Away(2), vec!["3"]),
+    ] {
+        let mut job = moved("stopped", how, &ways, Duration::ZERO);
+        assert_eq!(job.line(), "continued, and ended with 3", "{how:?} {ways:?}");
+        assert_eq!(job.wait(), End::Code(0));
+    }
+}

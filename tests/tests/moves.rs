@@ -214,6 +214,10 @@ fn a_frozen_process_executes_nothing_until_it_is_continued() {
         job.write("\n");
         assert_eq!(numbers(&job.line()), [0, 0]);
         done(&[&name, "freeze"]);
+        // It stands still wherever it is sent.
+        for next in ["2", "home", "3"] {
+            done(&[&name, next]);
+        }
         // Its threads compute all the time, and a node tells once a second what they used.
         let mut before = cpu_ms();
         wait_for("the process to stand still", Duration::from_secs(20), || {

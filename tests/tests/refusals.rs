@@ -300,7 +300,6 @@ m = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 at = ctypes.addressof(ctypes.c_char.from_buffer(m))
 assert libc.ioctl(fd, 0xc020aa00, struct.pack('QQQQ', at, 4096, 1, 0)) == 0",
         ),
-        ("is stopped", "os.kill(os.getpid(), signal.SIGSTOP)"),
     ];
     for (reason, prepare) in prepare {
         let script = format!(
@@ -308,29 +307,16 @@ assert libc.ioctl(fd, 0xc020aa00, struct.pack('QQQQ', at, 4096, 1, 0)) == 0",
         );
         let mut running = Running::start(&lab, How::Home, ["python3", "-c", &script]);
         let pid = running.number();
-        let stopped = reason == "is stopped";
-        if stopped {
-            wait_for("the stop", Duration::from_secs(10), || {
-                let state = lab.inspect(1, format!("ps -o stat= -p {pid}"));
-                state.to_uppercase().starts_with('T')
-            });
-        } else {
-            assert_eq!(running.line(), "ready");
-        }
+        assert_eq!(running.line(), "ready");
         let run = |words: &[&str]| lab.exec(1).args(words).output().expect("mosctl can be started");
         let pid = pid.to_string();
         let moved = run(&["mosmigrate", &pid, "2"]);
         assert!(!moved.status.success(), "{}", text(&moved));
         assert!(text(&moved).contains(reason), "{reason:?}: {}", text(&moved));
-        if stopped {
-            run(&["kill", "-CONT", &pid]);
-            assert_eq!(running.line(), "ready");
-        } else {
-            let list = run(&["mosps"]);
-            let shown = String::from_utf8_lossy(&list.stdout);
-            let line = shown.lines().find(|l| l.contains(&pid)).unwrap_or_default();
-            assert!(line.contains(reason), "{shown}");
-        }
+        let list = run(&["mosps"]);
+        let shown = String::from_utf8_lossy(&list.stdout);
+        let line = shown.lines().find(|l| l.contains(&pid)).unwrap_or_default();
+        assert!(line.contains(reason), "{shown}");
         running.write("\n");
         assert_eq!(running.wait(), End::Code(6), "{reason}");
     }

@@ -160,7 +160,11 @@ impl Tracer {
             self.shared.threads.write().insert(outer, thread.clone());
             self.threads.insert(outer, Traced::new(thread));
         }
-        let sleeps = image.threads.iter().filter_map(|t| t.sleep).collect();
+        let sleeps = image
+            .threads
+            .iter()
+            .filter_map(|t| Some((t.tid, t.sleep?)))
+            .collect();
         self.sleeps.insert(pid, sleeps);
         self.built.insert(pid, stopped);
         Pool::start(self.shared.clone(), listener, turn);
@@ -241,17 +245,24 @@ impl Tracer {
         cage.teardown(Duration::from_millis(200));
     }
 
-    /// Home has committed: the guest runs.
-    pub(super) fn launch_go(&mut self, pid: i32) -> anyhow::Result<()> {
-        let _ = faults::at(Point::TargetResume, pid);
+    /// A guest goes on that was moved: its relative sleeps begin anew, for what is left of them.
+    pub(super) fn begin_sleeps(&mut self, pid: i32) {
         let now_ns =
             (shim::capture::clocks().monotonic_ns).saturating_add(self.shared.known_ahead().monotonic_ns);
-        for sleep in self.sleeps.remove(&pid).unwrap_or_default() {
+        for (_, sleep) in self.sleeps.remove(&pid).unwrap_or_default() {
             if let Some(guest) = self.shared.guests.read().get(&pid)
                 && let Err(e) = guest.memory.write_forced(sleep.timespec, &sleep.left(now_ns))
             {
                 tracing::debug!(pid, error = %e, "rest of a sleep");
             }
+        }
+    }
+
+    /// Home has committed: the guest runs, unless it is to stand still.
+    pub(super) fn launch_go(&mut self, pid: i32) -> anyhow::Result<()> {
+        let _ = faults::at(Point::TargetResume, pid);
+        if !self.frozen.contains(&pid) {
+            self.begin_sleeps(pid);
         }
         for stopped in self.built.remove(&pid).unwrap_or_default() {
             stopped.cont(0)?;

@@ -264,6 +264,11 @@ impl Tracer {
                 super::deadline::keep(&own.thread, own.waiting, thread, ahead.monotonic_ns)?;
             }
             thread.tid = ids.get(&thread.tid).copied().unwrap_or(thread.tid);
+            // One that has not begun anew since it came.
+            let own = self.sleeps.get(&pid).into_iter().flatten();
+            if let Some((_, sleep)) = own.into_iter().find(|(tid, _)| *tid == thread.tid) {
+                thread.sleep = Some(*sleep);
+            }
         }
         let vforks = vforks
             .into_iter()

@@ -153,7 +153,7 @@ pub struct Tracer {
     /// Stopped and built, waiting for home's word to run.
     pub(super) built: HashMap<i32, Vec<Stopped>>,
     /// Sleeps whose length is set when they run.
-    pub(super) sleeps: HashMap<i32, Vec<linklayer::image::Sleep>>,
+    pub(super) sleeps: HashMap<i32, Vec<(i32, linklayer::image::Sleep)>>,
     pub(super) next_token: u64,
     /// Threads that stand before a fork until their guest has all of its memory.
     pub(super) forks: HashMap<i32, Stopped>,
@@ -548,6 +548,9 @@ impl Tracer {
         if self.frozen.contains(&pid) {
             self.holds.insert(pid, Hold::Stopped);
             return Ok(());
+        }
+        if !self.built.contains_key(&pid) {
+            self.begin_sleeps(pid);
         }
         for traced in self.threads.values_mut().filter(|t| t.thread.guest.pid == pid) {
             if let Some(stopped) = traced.held.take() {

@@ -100,7 +100,8 @@ fn area(
         b"[vvar]" => AreaKind::Vvar,
         b"[vvar_vclock]" => AreaKind::VvarVclock,
         path if path.strip_suffix(maps::DELETED) == Some(FOREIGN_VDSO) => AreaKind::Vdso,
-        path if line.ino != 0 => {
+        // The first segment of System V has inode 0.
+        path if line.ino != 0 || line.shared => {
             let bare = path.strip_suffix(maps::DELETED).unwrap_or(path);
             if let Some(file_id) = file_id(path) {
                 AreaKind::File {

@@ -88,6 +88,8 @@ pub struct Parts {
     pub actions: Vec<SigAction>,
     /// Signals that were pending for single threads (first), and have been taken off their queues: workers take none.
     pub pending: Vec<(i32, SigInfo)>,
+    /// Threads that are in a group-stop and listen for SIGCONT.
+    pub listening: Vec<i32>,
 }
 
 impl Vessel {
@@ -266,7 +268,7 @@ impl Prepared {
     pub fn settle(self, keep: bool) -> Result<(Vessel, Parts), VesselError> {
         let (pid, catcher, by) = (self.pid, self.catcher.tid(), self.leader.tid());
         // From here on nothing fails but by the death of the process.
-        let (workers, pending) = settle(
+        let settled = settle(
             self.threads,
             self.leader,
             self.catcher,
@@ -279,10 +281,11 @@ impl Prepared {
             memory: pid,
         };
         let parts = Parts {
-            workers: workers.into_iter().zip(self.slots).collect(),
+            workers: settled.workers.into_iter().zip(self.slots).collect(),
             catcher,
             actions: self.actions,
-            pending,
+            pending: settled.pending,
+            listening: settled.listening,
         };
         Ok((vessel, parts))
     }
@@ -404,8 +407,7 @@ impl Drop for Raised {
     }
 }
 
-/// Puts all threads to work, after the memory (of the process that is reached by `emptied`) has gone. Gives their ids, and the
-/// signals that were pending for each.
+/// Puts all threads to work, after the memory (of the process that is reached by `emptied`) has gone.
 fn settle(
     threads: Vec<Stopped>,
     leader: RemoteCalls,
@@ -448,15 +450,26 @@ fn settle(
     if let Some(by) = emptied {
         drop_pages(&mut workers[0], by)?;
     }
+    let mut listening = Vec::new();
     for (calls, slot) in workers.into_iter().zip(slots) {
-        resume(calls.end_with(&worker_regs(slot), WORKER_MASK)?)?;
+        resume(calls.end_with(&worker_regs(slot), WORKER_MASK)?, &mut listening)?;
     }
-    catcher.cont(0)?;
-    Ok((tids, pending))
+    resume(catcher, &mut listening)?;
+    Ok(Settled {
+        workers: tids,
+        pending,
+        listening,
+    })
 }
 
-/// The threads of a vessel, and signals for single ones of them.
-type Settled = (Vec<i32>, Vec<(i32, SigInfo)>);
+/// Threads of a new vessel.
+struct Settled {
+    workers: Vec<i32>,
+    /// Signals for single ones of them.
+    pending: Vec<(i32, SigInfo)>,
+    /// Those, with the catcher, that are in a group-stop.
+    listening: Vec<i32>,
+}
 
 /// Takes the signals off a thread's queue that are for it alone. Those for the process stay.
 fn take_pending(calls: &mut RemoteCalls) -> Result<Vec<SigInfo>, VesselError> {
@@ -478,10 +491,13 @@ fn take_pending(calls: &mut RemoteCalls) -> Result<Vec<SigInfo>, VesselError> {
     Ok(taken)
 }
 
-/// Lets a thread go on, in a group-stop only until SIGCONT.
-fn resume(stopped: Stopped) -> Result<(), PtraceError> {
+/// Lets a thread go on, in a group-stop only from SIGCONT on.
+fn resume(stopped: Stopped, listening: &mut Vec<i32>) -> Result<(), PtraceError> {
     match stopped.stop() {
-        Stop::Group(_) => stopped.listen(),
+        Stop::Group(_) => {
+            listening.push(stopped.tid());
+            stopped.listen()
+        }
         _ => stopped.cont(0),
     }
 }
