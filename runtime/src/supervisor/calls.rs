@@ -305,6 +305,8 @@ impl Call<'_> {
         let mut body = Vec::with_capacity(request.encoded_len());
         request.encode(&mut body);
         let seq = link.next_seq();
+        // What is known of an earlier call says nothing of this one.
+        *self.thread.sleep.lock() = None;
         *self.thread.call.lock() = InCall::Forwarded(Forwarded {
             notification: self.notification,
             seq,

@@ -256,10 +256,17 @@ impl Tracer {
         for thread in &mut image.threads {
             self.true_pending(thread.tid, &mut thread.pending);
             if let Some(own) = self.threads.get(&thread.tid) {
-                if let Some(rewound) = &mut thread.rewound
-                    && super::tracer::not_begun(&own.thread, rewound.nr, i64::from(rewound.code))
-                {
-                    rewound.code = RESTARTNOINTR as i32;
+                match &mut thread.rewound {
+                    Some(rewound)
+                        if super::tracer::not_begun(&own.thread, rewound.nr, i64::from(rewound.code)) =>
+                    {
+                        rewound.code = RESTARTNOINTR as i32;
+                        if i64::from(rewound.nr) != libc::SYS_restart_syscall {
+                            // The last wait that is known was another one.
+                            *own.thread.sleep.lock() = None;
+                        }
+                    }
+                    _ => {}
                 }
                 super::deadline::keep(&own.thread, own.waiting, thread, ahead.monotonic_ns)?;
             }

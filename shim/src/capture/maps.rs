@@ -112,9 +112,16 @@ pub fn map_lines(pid: i32, with_flags: bool) -> io::Result<Vec<MapLine>> {
 /// is gone.
 pub fn private_memory(pid: i32) -> Vec<Area> {
     let lines = map_lines(pid, true).unwrap_or_default();
+    let mut end = 0;
     lines
         .iter()
         .filter(|line| line.ino == 0 && !line.shared && !reserved(&line.range) && !line.is_kernels())
+        // It changes while it is read: what was seen first counts.
+        .filter(|line| {
+            let behind = line.range.start >= end;
+            end = end.max(line.range.end);
+            behind
+        })
         .map(|line| Area {
             start: line.range.start,
             end: line.range.end,
@@ -123,6 +130,17 @@ pub fn private_memory(pid: i32) -> Vec<Area> {
             kind: AreaKind::Anon,
         })
         .collect()
+}
+
+/// The areas of private memory of an image that a process has in more than one piece. The kernel makes what is mapped beside an area
+/// that has pages one with either neighbour, and never two of them that have; an mremap(2) of memory that lies in two fails.
+pub(crate) fn in_pieces<'a>(lines: &[MapLine], areas: &'a [Area]) -> Vec<&'a Area> {
+    let private = |area: &&Area| area.kind == AreaKind::Anon && !area.shared();
+    let whole = |area: &Area| {
+        let at = lines.partition_point(|line| line.range.end <= area.start);
+        (lines.get(at)).is_some_and(|line| line.range.start <= area.start && area.end <= line.range.end)
+    };
+    areas.iter().filter(private).filter(|area| !whole(area)).collect()
 }
 
 fn parse_line(line: &[u8]) -> Option<MapLine> {

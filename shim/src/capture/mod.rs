@@ -22,6 +22,7 @@ use crate::restore::{SCRATCH, TRAMPOLINE};
 use crate::vessel::stub;
 use crate::xstate;
 
+pub(crate) use maps::in_pieces;
 pub use maps::{
     HELD, MapLine, file_id, held_by, held_id, map_lines, private_memory, reserved, shared_objects,
 };

@@ -13,7 +13,7 @@ use linklayer::image::{
 };
 
 pub use shell::{Room, Shell};
-pub(crate) use shell::{inside, outside};
+pub(crate) use shell::{carry, inside, outside};
 
 use crate::memory::ProcessMemory;
 use crate::ptrace::{self, PtraceError, Stopped};

@@ -14,7 +14,7 @@ use linklayer::pages::{CHUNK_BYTES, Landed, Place};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use super::{Backing, Faults, Rebuilt, RestoreError, SCRATCH, SYSCALL, batched, kernel, map};
-use crate::capture::build_site;
+use crate::capture::{build_site, in_pieces, map_lines};
 use crate::memory::ProcessMemory;
 use crate::ptrace::Stopped;
 use crate::remote_call::{BatchCall, RemoteCalls};
@@ -170,13 +170,7 @@ impl Shell {
         let plan = plan(&self.areas, &image.areas, landed);
         let mut carried = Vec::new();
         for range in &plan.unmap {
-            for run in landed.runs(range) {
-                for at in run.clone().step_by(CHUNK_BYTES) {
-                    let mut data = vec![0; (run.end - at).min(CHUNK_BYTES as u64) as usize];
-                    self.memory.read_forced(at, &mut data)?;
-                    carried.push((at, data));
-                }
-            }
+            carry(&self.memory, range, landed, &mut carried)?;
         }
         let mut batch: Vec<BatchCall> = plan
             .unmap
@@ -210,14 +204,50 @@ impl Shell {
             batched("mprotect", libc::SYS_mprotect, args)
         }));
         self.calls.batch_all(&batch)?;
-        for (address, data) in pages {
-            self.memory.write_forced(address, data)?;
-        }
         for (address, data) in carried {
             self.memory.write_forced(address, &data)?;
         }
+        self.join(image, landed)?;
+        for (address, data) in pages {
+            self.memory.write_forced(address, data)?;
+        }
         super::complete(self.calls, self.memory, image, faults)
     }
+}
+
+impl Shell {
+    /// Makes those areas anew that came out in pieces.
+    fn join(&mut self, image: &ProcessImage, landed: &Landed) -> Result<(), RestoreError> {
+        let lines = map_lines(self.pid(), false)?;
+        for area in in_pieces(&lines, &image.areas) {
+            let mut carried = Vec::new();
+            carry(&self.memory, &area.range(), landed, &mut carried)?;
+            let gone = [area.start, area.end - area.start, 0, 0, 0, 0];
+            let anew = [batched("munmap", libc::SYS_munmap, gone), map(area, &|_| None)?];
+            self.calls.batch_all(&anew)?;
+            for (address, data) in carried {
+                self.memory.write_forced(address, &data)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads the pages that were put into a range which is about to go.
+pub(crate) fn carry(
+    memory: &ProcessMemory,
+    range: &Range<u64>,
+    landed: &Landed,
+    carried: &mut Vec<(u64, Vec<u8>)>,
+) -> io::Result<()> {
+    for run in landed.runs(range) {
+        for at in run.clone().step_by(CHUNK_BYTES) {
+            let mut data = vec![0; (run.end - at).min(CHUNK_BYTES as u64) as usize];
+            memory.read_forced(at, &mut data)?;
+            carried.push((at, data));
+        }
+    }
+    Ok(())
 }
 
 /// The areas of a [`Shell`], as a place for pages. Who has it may put them there from any thread.

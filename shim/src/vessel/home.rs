@@ -14,13 +14,13 @@ use linklayer::image::{Area, AreaFlags, AreaKind, PAGE, ProcessImage, SigInfo, T
 use linklayer::pages::Landed;
 use nix::errno::Errno;
 
-use super::room::{Carried, carry, put_down};
+use super::room::{Carried, put_down};
 use super::{ARENA_ADDRESS, ARENA_LEN, KEEPERS, Raised, Slot, Vessel, VesselError};
-use crate::capture::{self, MapLine, map_lines, reserved, vdso_site};
+use crate::capture::{self, MapLine, in_pieces, map_lines, reserved, vdso_site};
 use crate::memory::ProcessMemory;
 use crate::ptrace::{self, Stop, Stopped};
 use crate::remote_call::RemoteCalls;
-use crate::restore::{self, TRAMPOLINE, register, requeue, set_xstate};
+use crate::restore::{self, TRAMPOLINE, carry, register, requeue, set_xstate};
 use crate::{userfault, xstate};
 
 /// A piece of the address space that has to change.
@@ -31,6 +31,59 @@ enum Change<'a> {
     Protect(Range<u64>, u8),
     Advise(Range<u64>, i32),
 }
+
+/// Makes what has changed in the layout of a vessel. What was put into places that are made anew is read first.
+fn make_changes(
+    image: &ProcessImage,
+    worker: &Slot,
+    (file, object, keeper): (Opened<'_>, Opened<'_>, &dyn Fn(u64) -> Option<Range<u64>>),
+    landed: &Landed,
+    carried: &mut Carried,
+) -> Result<(), VesselError> {
+    let lines: Vec<MapLine> = map_lines(image.reached_by(), true)?
+        .into_iter()
+        .filter(|l| !reserved(&l.range) && !special(l))
+        .collect();
+    let call = |what, nr: i64, args| call(worker, what, nr, args);
+    let memory = ProcessMemory::new(image.reached_by());
+    for change in changes(&lines, image, file) {
+        if let Change::Unmap(range) | Change::Map(range, _) = &change {
+            carry(&memory, range, landed, carried)?;
+        }
+        match change {
+            Change::Unmap(r) => {
+                call("munmap", libc::SYS_munmap, [r.start, r.end - r.start, 0, 0, 0, 0])?;
+            }
+            Change::Protect(r, prot) => {
+                let args = [r.start, r.end - r.start, u64::from(prot), 0, 0, 0];
+                call("mprotect", libc::SYS_mprotect, args)?;
+            }
+            Change::Map(r, area) => match area.kind {
+                AreaKind::Held { id, offset } => {
+                    let offset = offset + (r.start - area.start);
+                    let from = keeper(id).filter(|from| offset < from.end - from.start);
+                    let from = from.ok_or(missing("held file of a mapping"))?.start + offset;
+                    map_kept(&call, from, &r, area.prot.0)?;
+                }
+                _ => map(worker, &call, &r, area, file, object)?,
+            },
+            Change::Advise(r, advice) => {
+                let args = [r.start, r.end - r.start, advice as u64, 0, 0, 0];
+                let done = call("madvise", libc::SYS_madvise, args);
+                // The others are hints, which this kernel may not know.
+                let about_fork = libc::MADV_DONTFORK..=libc::MADV_DOFORK;
+                let about_wipe = libc::MADV_WIPEONFORK..=libc::MADV_KEEPONFORK;
+                if about_fork.contains(&advice) || about_wipe.contains(&advice) {
+                    done?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Gives the open file behind a number.
+type Opened<'a> = &'a dyn Fn(u64) -> Option<Arc<File>>;
 
 impl Vessel {
     /// Makes the areas of a vessel those of the image. It waits for the vessel, which may be stopped: not for the thread
@@ -52,47 +105,24 @@ impl Vessel {
             xstate::fits(&thread.xstate, &image.xstate_layout)?;
         }
         let _raised = Raised::new(image.reached_by(), &[libc::RLIMIT_NOFILE, libc::RLIMIT_AS]);
-        let lines: Vec<MapLine> = map_lines(image.reached_by(), true)?
-            .into_iter()
-            .filter(|l| !reserved(&l.range) && !special(l))
-            .collect();
         let call = |what, nr: i64, args| call(worker, what, nr, args);
         let memory = ProcessMemory::new(image.reached_by());
         let mut carried = Carried::new();
-        for change in changes(&lines, image, file) {
-            if let Change::Unmap(range) | Change::Map(range, _) = &change {
-                carry(&memory, range, landed, &mut carried)?;
-            }
-            match change {
-                Change::Unmap(r) => {
-                    call("munmap", libc::SYS_munmap, [r.start, r.end - r.start, 0, 0, 0, 0])?;
-                }
-                Change::Protect(r, prot) => {
-                    let args = [r.start, r.end - r.start, u64::from(prot), 0, 0, 0];
-                    call("mprotect", libc::SYS_mprotect, args)?;
-                }
-                Change::Map(r, area) => match area.kind {
-                    AreaKind::Held { id, offset } => {
-                        let offset = offset + (r.start - area.start);
-                        let from = keeper(id).filter(|from| offset < from.end - from.start);
-                        let from = from.ok_or(missing("held file of a mapping"))?.start + offset;
-                        map_kept(&call, from, &r, area.prot.0)?;
-                    }
-                    _ => map(worker, &call, &r, area, file, object)?,
-                },
-                Change::Advise(r, advice) => {
-                    let args = [r.start, r.end - r.start, advice as u64, 0, 0, 0];
-                    let done = call("madvise", libc::SYS_madvise, args);
-                    // The others are hints, which this kernel may not know.
-                    let about_fork = libc::MADV_DONTFORK..=libc::MADV_DOFORK;
-                    let about_wipe = libc::MADV_WIPEONFORK..=libc::MADV_KEEPONFORK;
-                    if about_fork.contains(&advice) || about_wipe.contains(&advice) {
-                        done?;
-                    }
-                }
-            }
-        }
+        make_changes(image, worker, (file, object, keeper), landed, &mut carried)?;
         put_down(&memory, image, &carried)?;
+        let lines = map_lines(image.reached_by(), false)?;
+        let pieces = in_pieces(&lines, &image.areas);
+        if !pieces.is_empty() {
+            carried.clear();
+            for area in pieces {
+                carry(&memory, &area.range(), landed, &mut carried)?;
+                let args = [area.start, area.end - area.start, 0, 0, 0, 0];
+                call("munmap", libc::SYS_munmap, args)?;
+            }
+            let none = Landed::default();
+            make_changes(image, worker, (file, object, keeper), &none, &mut carried)?;
+            put_down(&memory, image, &carried)?;
+        }
         // The end of the heap, and nothing else (prctl(2), PR_SET_MM_MAP without an auxiliary vector).
         let mm = &image.mm;
         let words = [

@@ -7,7 +7,6 @@
 use std::ops::Range;
 
 use linklayer::image::{Area, AreaFlags, AreaKind, ProcessImage};
-use linklayer::pages::{CHUNK_BYTES, Landed};
 
 use super::home::special;
 use super::{MADV_DONTNEED_LOCKED, Raised, Slot, Vessel, VesselError, drop_pages};
@@ -107,23 +106,6 @@ impl Vessel {
         let tid = calls.tid();
         drop_pages(calls, tid)
     }
-}
-
-/// Reads what was put into a range that is about to go.
-pub(super) fn carry(
-    memory: &ProcessMemory,
-    range: &Range<u64>,
-    landed: &Landed,
-    carried: &mut Carried,
-) -> Result<(), VesselError> {
-    for run in landed.runs(range) {
-        for at in run.clone().step_by(CHUNK_BYTES) {
-            let mut data = vec![0; (run.end - at).min(CHUNK_BYTES as u64) as usize];
-            memory.read_forced(at, &mut data)?;
-            carried.push((at, data));
-        }
-    }
-    Ok(())
 }
 
 /// Writes it where the image has private memory.
