@@ -99,6 +99,9 @@ impl Coming {
             .is_some_and(|early| early.has_room)
             .then(|| all.remove(&pid));
         drop(all);
+        if early.is_some() {
+            tracing::debug!(pid, "what came early is left");
+        }
         // Its link is dropped with it.
         drop(early);
     }
@@ -107,6 +110,9 @@ impl Coming {
     pub fn forget(&self, pid: i32) {
         // Its link is dropped with it.
         let early = self.kept.lock().remove(&pid);
+        if early.is_some() {
+            tracing::debug!(pid, "nothing more comes in front");
+        }
         drop(early);
     }
 }
@@ -120,7 +126,14 @@ pub fn connect(shared: &Arc<Shared>, request: &wire::Coming) -> Result<(), LinkE
         while_it_runs: request.while_it_runs,
         ..Early::default()
     };
-    shared.coming.kept.lock().insert(pid, early);
+    let earlier = shared.coming.kept.lock().insert(pid, early);
+    tracing::debug!(
+        pid,
+        while_it_runs = request.while_it_runs,
+        instead = earlier.is_some(),
+        "its memory comes in front"
+    );
+    drop(earlier);
     let key = OneTimeKey::from_bytes(&request.key)?;
     let handler = Arc::new(OwnLink {
         shared: shared.clone(),

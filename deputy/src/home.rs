@@ -209,10 +209,6 @@ impl Home {
                 if ![libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&sig) {
                     crate::restarts::make_restart(&mut stopped)?;
                 }
-                if self.processes.get(&pid).is_some_and(|p| !p.resent.is_empty()) {
-                    let info = self.siginfo(pid, &stopped)?;
-                    stopped.set_siginfo(&info)?;
-                }
                 stopped.cont(sig)?;
             }
             Stop::Group(_) => {
@@ -338,7 +334,7 @@ impl Home {
                 self.shared.post(Command::Out(pid, Box::new(wish)));
             }
             process.discard_guest();
-            process.fail_waiters("the process has ended");
+            process.fail_waiters(crate::outward::HAS_ENDED);
         }
         self.shared.table.lock().remove(&pid);
         self.shared.homecoming.lock().remove(&pid);

@@ -10,7 +10,7 @@ use linklayer::wire::{self, Kind, MoveReport, Phase, Place};
 use shim::faults::{self, Point};
 
 use crate::home::Home;
-use crate::outward::Wish;
+use crate::outward::{HAS_ENDED, Wish};
 use crate::process::{Mode, send};
 use crate::road::{self, Waiting};
 use crate::shared::Command;
@@ -197,11 +197,15 @@ impl Home {
             // It is over already, and those who wait now wait for another move.
             return Ok(());
         }
-        let stays = format!(
-            "process {pid} stays at node {}: {}: {why}",
-            process.node(),
-            failed.phase
-        );
+        let stays = if shim::process::is_dying(pid) {
+            HAS_ENDED.into()
+        } else {
+            format!(
+                "process {pid} stays at node {}: {}: {why}",
+                process.node(),
+                failed.phase
+            )
+        };
         let Some(hop) = process.hop.take() else {
             for waiter in process.waiters.drain(..) {
                 let _ = waiter.send(Err(stays.clone()));

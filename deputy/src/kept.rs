@@ -79,7 +79,12 @@ impl Away {
 impl Home {
     /// The guest stands still, and what was sent to it before has arrived.
     pub(crate) fn keep_back(&mut self, reply: ReplyTo, pid: i32) -> anyhow::Result<()> {
-        let Some(away) = self.processes.get_mut(&pid).and_then(|p| p.away()) else {
+        let Some(process) = self.processes.get_mut(&pid) else {
+            reply.errno(libc::ESRCH);
+            return Ok(());
+        };
+        process.give_gathered();
+        let Some(away) = process.away() else {
             reply.errno(libc::ESRCH);
             return Ok(());
         };

@@ -47,7 +47,7 @@ impl Home {
         self.tasks.insert(pid, Task::new(pid, pid, Role::Native));
         if let Some((reply, request)) = executing {
             stopped.set_sigmask(request.sigmask)?;
-            self.resend(pid, former_tid, &request);
+            self.resend(pid, former_tid, &request, &mut stopped)?;
             reply.errno(0);
         }
         self.memory_returned(pid);
@@ -291,7 +291,6 @@ impl Home {
         // which the catcher has yet to take.
         let continued = pending.iter().any(|(_, info)| info.signo() == libc::SIGCONT);
         for (tid, info) in pending {
-            let info = crate::resend::first(&mut process.resent, info);
             let signal = wire::Signal {
                 pid,
                 tid,

@@ -517,8 +517,14 @@ fn precopy(shared: &Arc<Shared>, pid: i32, ready: &mut Ready, mode: wire::Mode) 
 
 /// What is said when a process that leaves home is at home.
 pub(crate) fn stayed(pid: i32, phase: Phase, why: &anyhow::Error) -> String {
+    if shim::process::is_dying(pid) {
+        return HAS_ENDED.into();
+    }
     format!("process {pid} stays at home: {phase}: {why:#}")
 }
+
+/// What is said to those who wait for something of a process that is no more.
+pub(crate) const HAS_ENDED: &str = "the process has ended";
 
 /// Why it is, as one of the reasons that there are.
 pub(crate) fn reason_of(why: &anyhow::Error) -> StayReason {

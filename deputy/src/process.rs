@@ -143,6 +143,8 @@ pub struct Away {
     pub coming: Option<(Box<wire::Homecoming>, std::time::Duration)>,
     /// What its guest was sent.
     pub sent: crate::resend::Sent,
+    /// What its catcher has taken of several signals that were pending at once, with the lane of each.
+    pub gathered: Vec<(u32, wire::Signal)>,
     /// What is kept back for a guest that stands still so as to move.
     pub kept: Option<Kept>,
     /// Calls that a terminal may stop.
@@ -172,6 +174,7 @@ impl Away {
             parked: Vec::new(),
             coming: None,
             sent: crate::resend::Sent::default(),
+            gathered: Vec::new(),
             exposed: crate::terminal::Exposed::default(),
             kept: None,
             emptying: None,
@@ -225,8 +228,6 @@ pub struct Process {
     pub dying: Option<i32>,
     /// The stop signal that its guest has taken.
     pub stopping: Option<i32>,
-    /// Signals that were queued for it anew, with the siginfo that they are to have.
-    pub resent: Vec<crate::resend::Resent>,
     /// Signals that were pending when it was described for another node: they went with it, and its vessel forgets them.
     pub carried: Vec<linklayer::image::SigInfo>,
     /// Relative sleeps of its threads at home, which begin anew when they go on.
@@ -265,7 +266,6 @@ impl Process {
             how: "started",
             dying: None,
             stopping: None,
-            resent: Vec::new(),
             carried: Vec::new(),
             sleeps: Vec::new(),
             waiters: Vec::new(),

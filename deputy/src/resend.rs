@@ -3,9 +3,6 @@
 //! An exec that succeeds discards the guest, and with it what it was sent and has not taken. Natively that stays pending and
 //! reaches the new program. So while the vessel executes, home keeps what arrives; of what it had sent before, the supervisor
 //! says how much the guest has got, and which signals are pending there; the rest is queued for the new program.
-//!
-//! The kernel lets nobody queue codes of its own (CLD_, SI_USER, SI_KERNEL) for others: such a signal is queued with a
-//! token, and its siginfo is set when it is delivered.
 
 use std::collections::VecDeque;
 
@@ -18,8 +15,6 @@ use crate::process::Mode;
 
 /// Most signals that are remembered, or kept during an exec. Real-time signals beyond that are lost in it.
 const MOST: usize = 1024;
-/// What the tokens of this deputy begin with.
-const TOKENS: u64 = 0x6d6f_7373_0000_0000;
 
 /// The signals that a guest was sent.
 #[derive(Default)]
@@ -53,45 +48,21 @@ impl Sent {
         self.held.get_or_insert_default();
     }
 
-    /// What is to be queued for the new program of process `pid`, whose thread `tid` made the exec.
-    fn for_new_program(&mut self, pid: i32, tid: i32, request: &wire::Exec) -> Vec<SigInfo> {
+    /// What is to be queued for the new program of the process whose thread `tid` made the exec.
+    fn for_new_program(&mut self, tid: i32, request: &wire::Exec) -> Vec<SigInfo> {
         let unseen = self
             .count
             .saturating_sub(request.relayed)
             .min(self.last.len() as u64) as usize;
         let rest = self.last.split_off(self.last.len() - unseen);
-        let mut infos = Vec::new();
-        for signal in (1..=64).filter(|s| request.pending >> (s - 1) & 1 == 1) {
-            let known = self.last.iter().rev().find(|sent| sent.signal == signal);
-            infos.push(known.map_or_else(
-                || SigInfo::user(signal, libc::SI_USER, pid, nix::unistd::getuid().as_raw()),
-                |sent| shim::signal::info_from_bytes(&sent.info),
-            ));
-        }
+        let mut infos = request.pending.clone();
+        infos.truncate(MOST);
         let later = rest.iter().chain(self.held.iter().flatten());
         // What is for another thread ends with that.
         let its = later.filter(|s| s.tid == 0 || s.tid == tid);
         infos.extend(its.map(|s| shim::signal::info_from_bytes(&s.info)));
         infos
     }
-}
-
-/// A signal that was queued anew.
-pub struct Resent {
-    token: u64,
-    info: SigInfo,
-}
-
-impl Resent {
-    fn is(&self, info: &SigInfo) -> bool {
-        info.code() == libc::SI_QUEUE && shim::signal::info_value(info) == self.token
-    }
-}
-
-/// The siginfo of a signal as it first was.
-pub fn first(resent: &mut Vec<Resent>, info: SigInfo) -> SigInfo {
-    let at = resent.iter().position(|r| r.is(&info));
-    at.map_or(info, |at| resent.swap_remove(at).info)
 }
 
 impl Home {
@@ -109,42 +80,43 @@ impl Home {
         }
     }
 
-    /// An exec has succeeded, and the process is stopped in it.
-    pub(crate) fn resend(&mut self, pid: i32, tid: i32, request: &wire::Exec) {
-        let Some(process) = self.processes.get_mut(&pid) else {
-            return;
+    /// An exec has succeeded, and the process is stopped in it: it queues what it has not taken for itself, since nobody else may
+    /// queue the kernel's own codes.
+    pub(crate) fn resend(
+        &mut self,
+        pid: i32,
+        tid: i32,
+        request: &wire::Exec,
+        stopped: &mut Stopped,
+    ) -> anyhow::Result<()> {
+        let Some(Mode::Away(away)) = self.processes.get_mut(&pid).map(|p| &mut p.mode) else {
+            return Ok(());
         };
-        let Mode::Away(away) = &mut process.mode else {
-            return;
+        let infos = away.sent.for_new_program(tid, request);
+        if infos.is_empty() {
+            return Ok(());
+        }
+        let Err(e) = shim::signal::queue_by_itself(stopped, &infos) else {
+            return Ok(());
         };
-        for info in away.sent.for_new_program(pid, tid, request) {
+        if e.is_gone() {
+            return Err(e.into());
+        }
+        tracing::warn!(pid, error = %e, "signals across an exec lose their senders");
+        for info in infos {
             let signal = info.signo();
-            // The kernel takes negative codes as they are, but for this one.
-            let queued = if info.code() < 0 && info.code() != libc::SI_TKILL {
-                info
-            } else {
-                let token = TOKENS + crate::shared::next_id();
-                process.resent.push(Resent { token, info });
-                shim::signal::queued_info(signal, token)
-            };
-            let sent = shim::signal::queue_process(pid, signal, &queued);
+            let sent = shim::signal::queue_process(pid, signal, &info);
             if let Err(e) = sent.or_else(|_| shim::signal::kill_process(pid, signal)) {
                 tracing::debug!(pid, signal, error = %e, "signal across an exec");
             }
         }
+        Ok(())
     }
 
-    /// A process was described for another node: what is pending goes with it, as it first was.
-    pub(crate) fn carry(&mut self, image: &mut ProcessImage) {
-        let Some(process) = self.processes.get_mut(&image.pid) else {
-            return;
-        };
-        process.carried = image.pending.clone();
-        let threads = image.threads.iter_mut().map(|t| &mut t.pending);
-        for info in threads.chain([&mut image.pending]).flatten() {
-            if let Some(resent) = process.resent.iter().find(|r| r.is(info)) {
-                *info = resent.info;
-            }
+    /// What is pending in an image goes with it; the vessel is not to send it once more.
+    pub(crate) fn carry(&mut self, image: &ProcessImage) {
+        if let Some(process) = self.processes.get_mut(&image.pid) {
+            process.carried = image.pending.clone();
         }
     }
 
@@ -158,17 +130,7 @@ impl Home {
             return Ok(false);
         };
         process.carried.swap_remove(at);
-        process.resent.retain(|r| !r.is(&info));
         Ok(true)
-    }
-
-    /// The siginfo of the signal that a thread is about to take, as it first was.
-    pub(crate) fn siginfo(&mut self, pid: i32, stopped: &Stopped) -> anyhow::Result<SigInfo> {
-        let info = stopped.siginfo()?;
-        let Some(process) = self.processes.get_mut(&pid) else {
-            return Ok(info);
-        };
-        Ok(first(&mut process.resent, info))
     }
 }
 
@@ -186,11 +148,14 @@ mod tests {
         }
     }
 
-    fn exec(pending: u64, relayed: u64) -> wire::Exec {
+    fn exec(pending: &[i32], relayed: u64) -> wire::Exec {
         wire::Exec {
             call: Vec::new(),
             sigmask: 0,
-            pending,
+            pending: pending
+                .iter()
+                .map(|s| SigInfo::user(*s, libc::SI_USER, 99, 0))
+                .collect(),
             relayed,
         }
     }
@@ -205,7 +170,7 @@ mod tests {
         assert!(sent.sends(signal(1, 0)).is_none());
         // The guest has the first, which is pending; the second was on its way; the third was for a thread that is gone.
         let got: Vec<i32> = sent
-            .for_new_program(7, 7, &exec(1 << 9, 1))
+            .for_new_program(7, &exec(&[10], 1))
             .iter()
             .map(SigInfo::signo)
             .collect();
@@ -216,9 +181,9 @@ mod tests {
     fn what_the_guest_took_is_over() {
         let mut sent = Sent::default();
         assert!(sent.sends(signal(15, 0)).is_some());
-        assert!(sent.for_new_program(7, 7, &exec(0, 1)).is_empty());
+        assert!(sent.for_new_program(7, &exec(&[], 1)).is_empty());
         // Pending without being known: it sent it to itself.
-        let own = sent.for_new_program(7, 7, &exec(1 << 4, 1));
+        let own = sent.for_new_program(7, &exec(&[5], 1));
         assert_eq!(own.iter().map(SigInfo::signo).collect::<Vec<_>>(), [5]);
     }
 }

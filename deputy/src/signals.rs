@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use linklayer::frame::Header;
+use linklayer::image::SigAction;
 use linklayer::quic::Link;
 use linklayer::wire::{self, Kind};
 use shim::ptrace::{self, Stopped};
@@ -11,7 +12,7 @@ use shim::vessel::Vessel;
 
 use crate::calls;
 use crate::home::Home;
-use crate::process::{Mode, Role};
+use crate::process::{Mode, Process, Role};
 
 /// Sends a signal on a lane. A lost contact is noticed elsewhere.
 pub fn send(link: &Link, lane: u32, signal: &wire::Signal) {
@@ -38,7 +39,13 @@ pub fn continued_thread(pid: i32) -> bool {
 
 /// A set of pending signals of a thread, as its status file tells.
 pub fn pending(task: &std::path::Path, which: &str) -> u64 {
-    let status = std::fs::read_to_string(task.join("status")).unwrap_or_default();
+    set_in(
+        &std::fs::read_to_string(task.join("status")).unwrap_or_default(),
+        which,
+    )
+}
+
+fn set_in(status: &str, which: &str) -> u64 {
     status
         .lines()
         .find_map(|l| l.strip_prefix(which))
@@ -46,9 +53,64 @@ pub fn pending(task: &std::path::Path, which: &str) -> u64 {
         .unwrap_or(0)
 }
 
+/// Whether a thread is about to take more signals.
+fn more_pending(pid: i32, tid: i32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
+    let set = |which| set_in(&status, which);
+    (set("ShdPnd:") | set("SigPnd:")) & !set("SigBlk:") != 0
+}
+
+/// Signals that were pending at once, in the order in which a thread that blocks none of them runs their handlers: the kernel makes
+/// the frame of the one with the lowest number first, and those that are made later, as far as the handler's mask lets them, are
+/// returned from first (kernel/signal.c, get_signal).
+pub fn in_order<T>(mut pending: Vec<T>, actions: &[SigAction], number: impl Fn(&T) -> i32) -> Vec<T> {
+    let mut done = Vec::new();
+    let mut frames: Vec<(T, u64)> = Vec::new();
+    let mut blocked = 0u64;
+    loop {
+        let bit = |one: &T| 1u64 << (number(one) - 1).clamp(0, 63);
+        let next = (pending.iter().enumerate())
+            .filter(|(_, one)| blocked & bit(one) == 0)
+            .min_by_key(|(_, one)| number(one))
+            .map(|(at, _)| at);
+        if let Some(at) = next {
+            let one = pending.remove(at);
+            match actions.get((number(&one) - 1).max(0) as usize) {
+                Some(action) if action.handler > 1 => {
+                    let before = blocked;
+                    let own = if action.flags & libc::SA_NODEFER as u64 == 0 {
+                        bit(&one)
+                    } else {
+                        0
+                    };
+                    blocked |= action.mask | own;
+                    frames.push((one, before));
+                }
+                _ => done.push(one),
+            }
+        } else if let Some((one, before)) = frames.pop() {
+            blocked = before;
+            done.push(one);
+        } else {
+            return done;
+        }
+    }
+}
+
 /// Whether the default action of a signal is to stop the process.
 pub fn stops(signal: i32) -> bool {
     [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal)
+}
+
+impl Process {
+    /// Relays what its catcher has taken.
+    pub(crate) fn give_gathered(&mut self) {
+        let Mode::Away(away) = &mut self.mode else { return };
+        let gathered = std::mem::take(&mut away.gathered);
+        for (lane, signal) in in_order(gathered, &self.actions, |(_, s)| s.signal) {
+            away.relay(lane, signal);
+        }
+    }
 }
 
 impl Home {
@@ -67,6 +129,16 @@ impl Home {
             .actions
             .get(sig as usize - 1)
             .is_none_or(|a| a.handler == 0);
+        let handled = process
+            .actions
+            .get(sig as usize - 1)
+            .is_some_and(|a| a.handler > 1);
+        let is_catcher = self.tasks.get(&tid).is_some_and(|t| t.role == Role::Catcher);
+        // A program can tell in which order it gets what is pending at once.
+        let more = is_catcher && handled && sig != libc::SIGCONT && more_pending(pid, tid);
+        if is_catcher && !more && !handled {
+            process.give_gathered();
+        }
         if process.dying == Some(sig) || sig == libc::SIGSTOP {
             // The kernel at home does what the signal does by default.
             return Ok(stopped.cont(sig)?);
@@ -74,7 +146,7 @@ impl Home {
         if stops(sig) && default && self.would_stop(pid, tid, sig) {
             return Ok(stopped.cont(sig)?);
         }
-        let info = self.siginfo(pid, &stopped)?;
+        let info = stopped.siginfo()?;
         let calls = |w: &std::sync::Arc<calls::Worker>| w.current.lock().is_some();
         // In front of the answer to the call that the signal interrupts.
         let lane = match self.shared.worker(tid).filter(calls) {
@@ -96,7 +168,14 @@ impl Home {
                 info: info.0.to_vec(),
                 counted: true,
             };
-            away.relay(lane as u32, body);
+            if is_catcher {
+                away.gathered.push((lane as u32, body));
+            } else {
+                away.relay(lane as u32, body);
+            }
+        }
+        if is_catcher && !more {
+            process.give_gathered();
         }
         if [libc::SIGTTIN, libc::SIGTTOU].contains(&sig)
             && let Some(worker) = self.shared.worker(tid)
@@ -106,7 +185,7 @@ impl Home {
             Vessel::abort_call(&mut stopped, &worker.slot)?;
         }
         stopped.cont(0)?;
-        if sig == libc::SIGCONT && self.tasks.get(&tid).is_some_and(|t| t.role == Role::Catcher) {
+        if sig == libc::SIGCONT && is_catcher {
             self.relayed_continue(pid)?;
         }
         Ok(())
@@ -260,5 +339,41 @@ impl Home {
         task.unblocked |= 1 << (signal - 1);
         task.unblocking.push((pending, ret));
         Ok(ptrace::interrupt(tid)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn handled(mask: u64, flags: i32) -> SigAction {
+        SigAction {
+            handler: 4096,
+            flags: flags as u64,
+            restorer: 0,
+            mask,
+        }
+    }
+
+    #[test]
+    fn handlers_of_signals_that_were_pending_at_once_run_as_natively() {
+        let mut actions = vec![SigAction::default(); 64];
+        let order = |pending: &[i32], actions: &[SigAction]| in_order(pending.to_vec(), actions, |s| *s);
+        // By default there is no handler, so that they take effect as they come.
+        assert_eq!(order(&[10, 21], &actions), [10, 21]);
+        for signal in [10, 21, 34] {
+            actions[signal - 1] = handled(0, 0);
+        }
+        assert_eq!(order(&[10, 21], &actions), [21, 10]);
+        // One that ends the process does so before a handler runs.
+        assert_eq!(order(&[10, 15, 21], &actions), [15, 21, 10]);
+        // The same one waits until its handler is done.
+        assert_eq!(order(&[34, 10, 34], &actions), [34, 34, 10]);
+        actions[9] = handled(1 << 20, 0);
+        assert_eq!(order(&[10, 21], &actions), [10, 21]);
+        actions[33] = handled(0, libc::SA_NODEFER);
+        let twice = [(34, 'a'), (34, 'b')];
+        let got = in_order(twice.to_vec(), &actions, |s| s.0);
+        assert_eq!(got, [(34, 'b'), (34, 'a')]);
     }
 }

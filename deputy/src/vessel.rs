@@ -56,7 +56,7 @@ impl Home {
             if let Some(reason) = unmovable(&image) {
                 return Err(reason.into());
             }
-            self.carry(&mut image);
+            self.carry(&image);
             // Those that have not begun anew since it came home.
             if let Some(process) = self.processes.get(&pid) {
                 for (tid, sleep) in &process.sleeps {
@@ -186,6 +186,9 @@ impl Home {
     }
 
     fn vessel_interrupted(&mut self, pid: i32, tid: i32, mut stopped: Stopped) -> anyhow::Result<()> {
+        if let Some(process) = self.processes.get_mut(&pid) {
+            process.give_gathered();
+        }
         let task = self.tasks.get_mut(&tid).context("thread of the vessel")?;
         let interrupting = task.interrupting.take();
         let resumed = std::mem::take(&mut task.group_stopped);
@@ -529,6 +532,8 @@ impl Home {
                 mask,
             };
         }
+        // What is ignored from now on is not pending any more, and nothing may come after it.
+        process.give_gathered();
         Ok(())
     }
 

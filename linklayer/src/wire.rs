@@ -14,7 +14,7 @@ use bincode::{Decode, Encode};
 
 pub use moves::*;
 
-use crate::image::ProcessImage;
+use crate::image::{ProcessImage, SigInfo};
 use crate::stay::StayReason;
 
 /// Version of everything in this module; the ends compare it in [`Hello`].
@@ -358,8 +358,8 @@ pub struct Exec {
     pub call: Vec<u8>,
     /// The caller's signal mask, which survives an exec.
     pub sigmask: u64,
-    /// Signals pending for the caller or its process (bit n-1 for signal n), which survive an exec.
-    pub pending: u64,
+    /// Signals pending for the caller or its process, which survive an exec.
+    pub pending: Vec<SigInfo>,
     /// How many of home's counted signals have been queued for the guest; it was given no later ones.
     pub relayed: u64,
 }

@@ -186,6 +186,18 @@ pub fn has_ended(tid: i32) -> bool {
     matches!(state, None | Some(b'Z' | b'X'))
 }
 
+/// Whether a process has ended or is about to, because it was killed: what is found out about it is not to be relied on.
+pub fn is_dying(pid: i32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let value = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
+    let killed = |set: Option<&str>| {
+        let set = set.and_then(|v| u64::from_str_radix(v, 16).ok()).unwrap_or(0);
+        set >> (libc::SIGKILL - 1) & 1 == 1
+    };
+    // One that is ending has no memory any more before it is a zombie.
+    has_ended(pid) || value("VmSize:").is_none() || killed(value("SigPnd:")) || killed(value("ShdPnd:"))
+}
+
 /// Whether two processes have one memory (CLONE_VM; kcmp(2), KCMP_VM). `None` when the kernel does not tell.
 pub fn same_memory(one: i32, other: i32) -> Option<bool> {
     const KCMP_VM: i32 = 1;

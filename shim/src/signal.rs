@@ -4,6 +4,11 @@ use std::io;
 
 use linklayer::image::SigInfo;
 
+use crate::capture::{CaptureError, vdso_site};
+use crate::memory::ProcessMemory;
+use crate::ptrace::Stopped;
+use crate::remote_call::RemoteCalls;
+
 /// Queues a signal for a process. The kernel refuses codes of its own (>= 0) with EPERM.
 pub fn queue_process(pid: i32, signal: i32, info: &SigInfo) -> io::Result<()> {
     // SAFETY: the kernel reads 128 bytes at the pointer, which SigInfo has.
@@ -13,6 +18,32 @@ pub fn queue_process(pid: i32, signal: i32, info: &SigInfo) -> io::Result<()> {
     } else {
         Ok(())
     }
+}
+
+/// Has a stopped process that has just executed a program queue signals for itself, with whatever siginfo: the kernel accepts its own
+/// codes from nobody else.
+///
+/// # Errors
+/// It is gone, or has no vDSO.
+pub fn queue_by_itself(stopped: &mut Stopped, infos: &[SigInfo]) -> Result<(), CaptureError> {
+    /// Nothing is below a new program's stack pointer yet.
+    const BELOW_STACK: u64 = 4096;
+    let pid = stopped.tid();
+    let site = vdso_site(pid)?;
+    let memory = ProcessMemory::new(pid);
+    let mut calls = RemoteCalls::begin(Stopped::assume(pid, stopped.stop()), site)?;
+    let at = (calls.stopped().regs()?.rsp - BELOW_STACK) & !15;
+    let made = infos.iter().try_for_each(|info| {
+        memory.write_forced(at, &info.0)?;
+        // A full queue and a signal that is pending already are no errors natively either.
+        let args = [pid as u64, info.signo() as u64, at, 0, 0, 0];
+        calls.raw(libc::SYS_rt_sigqueueinfo, args)?;
+        Ok(())
+    });
+    let clean = memory.write_forced(at, &[0; size_of::<SigInfo>()]);
+    *stopped = calls.end()?;
+    clean?;
+    made
 }
 
 /// Queues a signal for one thread.

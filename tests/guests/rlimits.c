@@ -82,12 +82,18 @@ int main(void) {
     struct rlimit before;
     CHECK(prlimit(0, RLIMIT_NOFILE, &l, &before) == 0);
     EQ(before.rlim_cur, old.rlim_cur);
+    int seen[2];
+    CHECK(pipe(seen) == 0);
     if ((pid = fork()) == 0) {
         CHECK(getrlimit(RLIMIT_NOFILE, &l) == 0);
         EQ(l.rlim_cur, 100);
+        EQ(write(seen[1], "", 1), 1);
         pause();
         _exit(0);
     }
+    char byte;
+    EQ(read(seen[0], &byte, 1), 1);
+    close(seen[0]), close(seen[1]);
     l.rlim_cur = 50;
     CHECK(prlimit(pid, RLIMIT_NOFILE, &l, &before) == 0);
     EQ(before.rlim_cur, 100);

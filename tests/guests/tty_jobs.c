@@ -37,8 +37,10 @@ static struct group background(void (*body)(void)) {
     if ((g.mate = fork()) == 0) {
         setpgid(0, g.pid);
         mate_fd = counts[1];
-        handle(SIGTTIN, tell, SA_RESTART);
-        handle(SIGTTOU, tell, SA_RESTART);
+        /* The last of them must not come before another has been told, whose handler it would interrupt. */
+        struct sigaction a = {.sa_handler = tell, .sa_flags = SA_RESTART};
+        sigaddset(&a.sa_mask, SIGUSR1);
+        CHECK(sigaction(SIGTTIN, &a, NULL) == 0 && sigaction(SIGTTOU, &a, NULL) == 0);
         handle(SIGUSR1, tell, SA_RESTART);
         give(ready[1]);
         for (;;)

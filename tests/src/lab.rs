@@ -165,7 +165,13 @@ impl Lab {
             }
             let log = self.dir().join(format!("node{number}.log"));
             let log = std::fs::read_to_string(log).unwrap_or_default();
-            let tail: Vec<_> = log.lines().rev().take(30).collect();
+            // Who wants the log of home wants those of the nodes, too.
+            let lines = if std::env::var_os(crate::compare::LOG).is_some() {
+                usize::MAX
+            } else {
+                30
+            };
+            let tail: Vec<_> = log.lines().rev().take(lines).collect();
             if !tail.is_empty() {
                 all += &format!("--- log of node {number}\n");
                 tail.iter().rev().for_each(|line| all += &format!("{line}\n"));

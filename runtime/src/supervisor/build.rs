@@ -21,6 +21,7 @@ use shim::userfault::Source;
 use super::contact::Build;
 use super::guest::{Guest, Thread};
 use super::notify::{Pool, Turn};
+use super::signals::Fix;
 use super::tracer::{RESTARTSYS, Traced, Tracer};
 use shim::faults::{self, Point};
 
@@ -158,7 +159,11 @@ impl Tracer {
             let begun = |t: &ThreadImage| t.rewound.is_some_and(|r| i64::from(r.code) == RESTARTSYS);
             thread.answered.store(state.is_some_and(begun), Ordering::Release);
             self.shared.threads.write().insert(outer, thread.clone());
-            self.threads.insert(outer, Traced::new(thread));
+            let mut traced = Traced::new(thread);
+            let own = state.into_iter().flat_map(|t| &t.pending);
+            let all = image.pending.iter().filter(|_| outer == outer_pid);
+            traced.fixes.extend(own.chain(all).map(Fix::brought));
+            self.threads.insert(outer, traced);
         }
         let sleeps = image
             .threads

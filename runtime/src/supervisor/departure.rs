@@ -194,6 +194,7 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
         postcopy,
     } = bring;
     let size_bytes = guest.map_or(0, |g| resident_bytes(g.memory.pid()));
+    tracing::debug!(pid, ?mode, ?reason, size_bytes, "is to come home");
     if size_bytes <= LARGE_BYTES && matches!(mode, Mode::Auto | Mode::Freeze) {
         shared.post(Command::GoHome(pid, reason));
         return;

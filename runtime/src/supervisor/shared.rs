@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use crossbeam_channel::Sender;
 use linklayer::frame::Header;
-use linklayer::image::Clocks;
+use linklayer::image::{Clocks, SigInfo};
 use linklayer::quic::{Link, LinkError};
 use linklayer::stay::StayReason;
 use linklayer::wire::{self, Kind};
@@ -34,6 +34,8 @@ pub enum Command {
     /// Relay a signal.
     /// ... and the guest in whose count of arrived signals it is.
     Signal(wire::Signal, Option<Arc<Guest>>),
+    /// What is pending for a thread, as seen here, and for its process.
+    Pending(i32, Sender<Vec<SigInfo>>),
     /// Answer a notification with a result that needs the tracer: a restart code, or one that came while freezing.
     Reply {
         /// The thread, as seen here.

@@ -34,6 +34,16 @@ pub(super) struct Fix {
 }
 
 impl Fix {
+    /// Of a signal that its guest has brought along.
+    pub(super) fn brought(info: &SigInfo) -> Fix {
+        Fix {
+            token: 0,
+            signal: info.signo(),
+            info: *info,
+            counted: false,
+        }
+    }
+
     /// Whether a queued signal is this one.
     fn is(&self, signal: i32, info: &SigInfo) -> bool {
         if self.token != 0 {
@@ -297,6 +307,30 @@ impl Tracer {
             stopped.set_regs(&regs)?;
         }
         Ok(stopped.cont(0)?)
+    }
+
+    /// What is pending for a thread and for its process.
+    pub(super) fn pending(&self, outer: i32) -> Vec<SigInfo> {
+        let Some(traced) = self.threads.get(&outer) else {
+            return Vec::new();
+        };
+        let status = SignalStatus::read(outer).unwrap_or_default();
+        let set = status.pending_thread | status.pending_process;
+        let guest = &traced.thread.guest;
+        let leader = self.threads.get(&guest.outer).filter(|_| guest.outer != outer);
+        // What was for the leader alone ends with it.
+        let of_leader = leader.into_iter().flat_map(|t| &t.fixes).filter(|f| !f.counted);
+        let mut infos: Vec<SigInfo> = (traced.fixes.iter().chain(of_leader))
+            .filter(|f| set >> (f.signal - 1) & 1 == 1)
+            .map(|f| f.info)
+            .collect();
+        for signal in (1..=64).filter(|s| set >> (s - 1) & 1 == 1) {
+            if !infos.iter().any(|info| info.signo() == signal) {
+                // From this kernel.
+                infos.push(SigInfo::user(signal, libc::SI_KERNEL, 0, 0));
+            }
+        }
+        infos
     }
 
     /// Signals that are pending in an image get the siginfo that they had at home.

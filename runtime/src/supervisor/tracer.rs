@@ -288,6 +288,10 @@ impl Tracer {
                 }
                 relayed
             }
+            Command::Pending(outer, answer) => {
+                let _ = answer.send(self.pending(outer));
+                Ok(())
+            }
             Command::Reply {
                 outer,
                 notification,

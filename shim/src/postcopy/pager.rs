@@ -58,6 +58,8 @@ struct State {
     told: Instant,
     lost: Option<String>,
     needless: bool,
+    /// Nothing is missing any more, or missed: that the source goes away from now on is no loss.
+    complete: bool,
     ended: Option<Result<(), String>>,
 }
 
@@ -111,6 +113,7 @@ impl Pager {
                 told: Instant::now(),
                 lost: None,
                 needless: false,
+                complete: false,
                 ended: None,
             }),
             changed: Condvar::new(),
@@ -126,7 +129,10 @@ impl Pager {
 
     /// Why the rest is lost, when it is.
     pub fn loss(&self) -> Option<String> {
-        self.state.lock().lost.clone()
+        let state = self.state.lock();
+        // All of them may have come before it was, which is not noted yet.
+        let missing = !state.spaces.iter().all(Space::is_done);
+        state.lost.clone().filter(|_| missing)
     }
 
     /// Takes up a frame of the source's.
@@ -186,7 +192,12 @@ impl Pager {
 
     /// The source is lost.
     pub fn lost(&self, why: &str) {
-        self.state.lock().lost.get_or_insert_with(|| why.to_string());
+        let mut state = self.state.lock();
+        if state.complete {
+            return;
+        }
+        state.lost.get_or_insert_with(|| why.to_string());
+        drop(state);
         self.rouse();
     }
 
@@ -355,6 +366,8 @@ impl Pager {
         after.last_page_us = self.begun.elapsed().as_micros() as u64;
         let after = state.after;
         if state.spaces.iter().all(Space::is_done) {
+            state.lost = None;
+            state.complete = true;
             return Ok(Some(if state.spaces.is_empty() {
                 End::Needless(after)
             } else {
@@ -362,6 +375,8 @@ impl Pager {
             }));
         }
         if state.needless {
+            state.lost = None;
+            state.complete = true;
             return Ok(Some(End::Needless(after)));
         }
         if let Some(why) = &state.lost {
