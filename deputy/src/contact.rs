@@ -169,7 +169,7 @@ impl Contact {
                     });
                 });
             }
-            Kind::MoveFailed => shared.post(Command::MoveFailed(body(&payload)?)),
+            Kind::MoveFailed => shared.post(Command::MoveFailed(self.node, body(&payload)?)),
             Kind::Usage => {
                 shared.usage.lock().insert(self.node, body(&payload)?);
             }

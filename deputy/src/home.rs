@@ -372,7 +372,7 @@ impl Home {
             Command::Homecoming(reply, body) => self.homecoming(reply, *body),
             Command::LaidOut(reply, body, result) => self.laid_out(&reply, *body, result),
             Command::HomeCommit(reply, body) => self.home_commit(reply, &body),
-            Command::MoveFailed(m) => self.move_failed(m),
+            Command::MoveFailed(from, m) => self.move_failed(from, m),
             Command::Action(a) => self.action(a),
             Command::Out(pid, wish) => self.send_out(pid, *wish),
             Command::Depart(pid, ready) => self.depart(pid, ready),

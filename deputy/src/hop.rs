@@ -11,7 +11,7 @@ use shim::faults::{self, Point};
 
 use crate::home::Home;
 use crate::outward::{HAS_ENDED, Wish};
-use crate::process::{Mode, send};
+use crate::process::{Away, Mode, send};
 use crate::road::{self, Waiting};
 use crate::shared::Command;
 
@@ -96,6 +96,7 @@ impl Home {
             (Ok(ready), Mode::Away(away)) => {
                 let order = wire::MoveTo {
                     pid,
+                    attempt: crate::shared::next_id(),
                     place: ready.place,
                     key: ready.key,
                     mode: hop.wish.mode,
@@ -152,6 +153,7 @@ impl Home {
         hop.to = None;
         away.link = link;
         away.node = hop.wish.node;
+        away.since = crate::shared::next_id();
         // What was kept comes before the first instruction.
         away.give_kept(pid, true);
         send(&away.link, pid, Kind::LaunchGo, &wire::encode(&wire::Pid(pid)));
@@ -170,9 +172,17 @@ impl Home {
         Ok(())
     }
 
-    /// A guest did not leave its node.
-    pub(crate) fn move_failed(&mut self, failed: wire::MoveFailed) -> anyhow::Result<()> {
+    /// A guest did not leave its node (`from`).
+    pub(crate) fn move_failed(&mut self, from: u32, failed: wire::MoveFailed) -> anyhow::Result<()> {
         let (pid, why) = (failed.pid, &failed.why);
+        let mode = self.processes.get(&pid).map(|process| &process.mode);
+        let current =
+            |away: &Away| away.node == from && (failed.attempt == 0 || failed.attempt >= away.since);
+        if !matches!(mode, Some(Mode::Away(away)) if current(away)) {
+            // It has got somewhere else in another way, and may be on its way from there.
+            tracing::debug!(pid, why, "an earlier move");
+            return Ok(());
+        }
         tracing::error!(pid, phase = %failed.phase, why, "does not move");
         let away = self.processes.get_mut(&pid).and_then(|p| p.away());
         if failed.stood && away.is_some_and(|away| away.has_pages) {

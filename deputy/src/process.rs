@@ -141,6 +141,8 @@ pub struct Away {
     pub parked: Vec<Stopped>,
     /// The image of a guest on its way home, and how long it took to adapt the layout to it.
     pub coming: Option<(Box<wire::Homecoming>, std::time::Duration)>,
+    /// Attempts to move it with lower numbers were made before it got there.
+    pub since: u64,
     /// What its guest was sent.
     pub sent: crate::resend::Sent,
     /// What its catcher has taken of several signals that were pending at once, with the lane of each.
@@ -173,6 +175,7 @@ impl Away {
             continued: false,
             parked: Vec::new(),
             coming: None,
+            since: crate::shared::next_id(),
             sent: crate::resend::Sent::default(),
             gathered: Vec::new(),
             exposed: crate::terminal::Exposed::default(),

@@ -74,8 +74,8 @@ pub enum Command {
     LaidOut(ReplyTo, Box<wire::Homecoming>, anyhow::Result<Duration>),
     /// The pages of these are all there.
     HomeCommit(ReplyTo, wire::HomeCommit),
-    /// It does not come.
-    MoveFailed(wire::MoveFailed),
+    /// It does not leave this node.
+    MoveFailed(u32, wire::MoveFailed),
     /// A disposition changed.
     Action(wire::Action),
     /// A call that may have sent its own process a signal has ended; its answer comes after the signal.

@@ -571,6 +571,7 @@ impl Home {
                     Kind::Bring,
                     &wire::encode(&wire::Bring {
                         pid,
+                        attempt: crate::shared::next_id(),
                         reason,
                         mode,
                         postcopy: mode.is_lazy() || crate::postcopy::possible_here().is_ok(),

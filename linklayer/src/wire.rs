@@ -572,6 +572,8 @@ pub struct Synthetic {
 pub struct MoveFailed {
     /// Process.
     pub pid: i32,
+    /// Number of the attempt ([`Bring::attempt`], [`MoveTo::attempt`]), or 0 for one that the node began by itself.
+    pub attempt: u64,
     /// In which part of the move.
     pub phase: Phase,
     /// It stood still for the move and goes on now: what home keeps back is wanted again, and what it was told of the process is
@@ -652,6 +654,8 @@ pub struct Signal {
 pub struct Bring {
     /// Process.
     pub pid: i32,
+    /// Number of this attempt, greater than those of earlier ones.
+    pub attempt: u64,
     /// Why.
     pub reason: crate::stay::StayReason,
     /// How its memory is sent.

@@ -103,6 +103,8 @@ pub enum Way {
 pub struct MoveTo {
     /// The process.
     pub pid: i32,
+    /// Number of this attempt, greater than those of earlier ones.
+    pub attempt: u64,
     /// Where the other supervisor waits.
     pub place: Place,
     /// The one-time key to show there (`OneTimeKey::to_bytes`).

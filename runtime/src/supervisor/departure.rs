@@ -30,6 +30,8 @@ const ACCEPT_TIMEOUT: Duration = Duration::from_secs(20);
 /// A guest that is to leave, and what was made ready for it.
 pub(super) struct Departure {
     pid: i32,
+    /// As [`wire::MoveFailed`] has it.
+    attempt: u64,
     /// Why it goes home, if it does not go to another node.
     home: Option<StayReason>,
     link: Link,
@@ -76,18 +78,20 @@ pub(super) fn begin(shared: &Arc<Shared>, order: MoveTo) {
     let shared = shared.clone();
     starter.start("departure", move || match make_ready(&shared, &order) {
         Ok(departure) => shared.post(Command::Depart(Box::new(departure))),
-        Err(failure) => failed(&shared, order.pid, failure, false),
+        Err(failure) => failed(&shared, order.pid, failure, Some(order.attempt)),
     });
 }
 
-/// Tells home that a guest goes on here, which stood still before or not.
-pub(super) fn failed(shared: &Shared, pid: i32, failure: Failure, stood: bool) {
+/// Tells home that a guest goes on here, which stood still before if there is no `attempt`: that of one whose process need not even be
+/// here any more.
+pub(super) fn failed(shared: &Shared, pid: i32, failure: Failure, attempt: Option<u64>) {
     let Failure { phase, why } = failure;
     tracing::error!(pid, %phase, why, "does not leave; it goes on here");
     let body = wire::MoveFailed {
         pid,
+        attempt: attempt.unwrap_or(0),
         phase,
-        stood,
+        stood: attempt.is_none(),
         why,
     };
     shared.tell(pid, Kind::MoveFailed, &wire::encode(&body));
@@ -118,7 +122,7 @@ fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure
         Options::of_process(),
     )
     .map_err(reach)?;
-    let mut departure = Departure::new(pid, None, (link, source), order.mode);
+    let mut departure = Departure::new((pid, order.attempt), None, (link, source), order.mode);
     let early = order.mode.wants_precopy(resident_bytes(guest.memory.pid()));
     announce(shared, &guest, &departure, early || !order.mode.is_lazy());
     learn_known(&departure.link, pid, &order.place, &mut departure.writer);
@@ -189,6 +193,7 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
     }
     let wire::Bring {
         pid,
+        attempt,
         reason,
         mode,
         postcopy,
@@ -204,7 +209,7 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
     let early = mode.wants_precopy(size_bytes);
     starter.start("departure", move || match link_to_home(&shared, pid, early) {
         Ok(link) => {
-            let mut departure = Departure::new(pid, Some(reason), link, mode);
+            let mut departure = Departure::new((pid, attempt), Some(reason), link, mode);
             departure.early = early;
             if early {
                 announce_memory(&shared, &departure);
@@ -266,13 +271,14 @@ fn link_to_home(
 
 impl Departure {
     fn new(
-        pid: i32,
+        (pid, attempt): (i32, u64),
         home: Option<StayReason>,
         (link, source): (Link, Arc<SourceLink>),
         mode: Mode,
     ) -> Departure {
         Departure {
             pid,
+            attempt,
             home,
             link,
             source,
@@ -358,8 +364,8 @@ pub(super) fn tell_progress(shared: &Shared, lane: i32, progress: &wire::Progres
 impl Tracer {
     /// Everything is ready: the guest is stopped.
     pub(super) fn depart(&mut self, departure: Departure) -> anyhow::Result<()> {
-        let pid = departure.pid;
-        let refuse = |why: &str| failed(&self.shared, pid, Failure::new(Phase::Seize, why), false);
+        let (pid, attempt) = (departure.pid, departure.attempt);
+        let refuse = |why: &str| failed(&self.shared, pid, Failure::new(Phase::Seize, why), Some(attempt));
         if !self.shared.guests.read().contains_key(&pid) {
             refuse("it is not here any more");
             return Ok(());
@@ -495,7 +501,7 @@ impl Tracer {
                 guest.map_or(Ok(()), |guest| self.forget_guest(&guest))
             }
             Err(failure) => {
-                failed(&self.shared, pid, failure, true);
+                failed(&self.shared, pid, failure, None);
                 self.release(pid)
             }
         }

@@ -326,7 +326,7 @@ impl Tracer {
                         );
                         guest.set_back();
                     }
-                    departure::failed(&self.shared, pid, failure.clone(), true);
+                    departure::failed(&self.shared, pid, failure.clone(), None);
                     self.release(pid)?;
                 }
             }
