@@ -51,6 +51,11 @@ impl Tracer {
     /// Begins to build a process.
     pub(super) fn begin(&mut self, begin: Begin) {
         let Begin { pid, number, .. } = begin;
+        if self.begun.get(&pid).is_some_and(|begun| begun.number > number) {
+            // It was long in coming: its files had to be fetched first.
+            let _ = begin.done.send(Err("it comes by a later link".into()));
+            return;
+        }
         // An older link of the same process is of no use any more.
         self.abandon(pid, None);
         let room = self.try_begin(&begin).map_err(|e| format!("{e:#}"));
