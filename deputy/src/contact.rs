@@ -18,12 +18,13 @@ use crate::shared::{Command, Shared};
 pub struct Contact {
     shared: Arc<Shared>,
     node: u32,
+    number: u64,
 }
 
 impl Contact {
-    /// For a contact to `node`.
-    pub fn new(shared: Arc<Shared>, node: u32) -> Contact {
-        Contact { shared, node }
+    /// For a contact to `node`, which has this number ([`crate::shared::Contacted`]).
+    pub fn new(shared: Arc<Shared>, node: u32, number: u64) -> Contact {
+        Contact { shared, node, number }
     }
 
     fn dispatch(&self, reply: ReplyTo, payload: Vec<u8>) -> Result<(), String> {
@@ -235,11 +236,12 @@ impl Handler for Contact {
         if let Err(why) = self.dispatch(reply, payload) {
             tracing::error!(node = self.node, %why, "supervisor breaks the protocol");
             link.close();
-            self.shared.post(Command::Lost(self.node, why));
+            self.shared.post(Command::Lost(self.node, self.number, why));
         }
     }
 
     fn lost(&self, why: &LinkError) {
-        self.shared.post(Command::Lost(self.node, why.to_string()));
+        self.shared
+            .post(Command::Lost(self.node, self.number, why.to_string()));
     }
 }

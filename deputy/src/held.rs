@@ -436,7 +436,7 @@ pub fn release(shared: &Arc<Shared>, held: &Arc<Held>) {
     let (shared, held) = (shared.clone(), held.clone());
     crate::contact::spawn("give-back", move || {
         loop {
-            let link = shared.links.lock().get(&held.node).cloned();
+            let link = shared.links.lock().get(&held.node).map(|c| c.link.clone());
             let Some(link) = link else {
                 return shared.held.finish([held.id]);
             };

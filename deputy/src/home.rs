@@ -180,8 +180,27 @@ impl Home {
                 self.native_stop(pid, tid, stopped)?;
                 self.hold_on(pid, tid, stop)
             }
-            Role::Worker | Role::Catcher => self.vessel_stop(pid, tid, stopped),
+            Role::Worker | Role::Catcher => {
+                let stop = stopped.stop();
+                self.vessel_stop(pid, tid, stopped)?;
+                self.act_on(pid, tid, stop)
+            }
         }
+    }
+
+    /// As [`Home::hold_on`], for a thread of a vessel that was interrupted to do something.
+    fn act_on(&mut self, pid: i32, tid: i32, stop: Stop) -> anyhow::Result<()> {
+        let goes_on = !matches!(stop, Stop::Interrupt | Stop::Group(_) | Stop::Exit { .. });
+        let Some(task) = self.tasks.get(&tid).filter(|_| goes_on) else {
+            return Ok(());
+        };
+        let own = task.interrupting.is_some() || !task.unblocking.is_empty() || task.exposure.is_some();
+        let is_catcher = task.role == Role::Catcher;
+        let away = self.processes.get_mut(&pid).and_then(|p| p.away());
+        if own || away.is_some_and(|away| is_catcher && away.exposed.waits()) {
+            return unless_gone(ptrace::interrupt(tid));
+        }
+        Ok(())
     }
 
     /// Any stop takes an interrupt away that was asked for and has not come about (kernel/signal.c, ptrace_stop): a thread that is
@@ -392,7 +411,7 @@ impl Home {
             Command::Expose(pending) => self.expose(*pending),
             Command::Exposed(pending, reply) => self.cover(*pending, reply),
             Command::TogetherReady(sent, result) => self.together_ready(*sent, result),
-            Command::Lost(node, why) => self.lost(node, &why),
+            Command::Lost(node, number, why) => self.lost(node, number, &why),
         };
         if let Err(e) = result {
             tracing::error!(error = format!("{e:#}"), "command not carried out");
@@ -400,8 +419,17 @@ impl Home {
     }
 
     /// The contact to a node is gone for good: what ran there has ended for us.
-    fn lost(&mut self, node: u32, why: &str) -> anyhow::Result<()> {
-        self.shared.links.lock().remove(&node);
+    fn lost(&mut self, node: u32, number: u64, why: &str) -> anyhow::Result<()> {
+        let mut links = self.shared.links.lock();
+        if links
+            .get(&node)
+            .is_none_or(|contacted| contacted.number != number)
+        {
+            // It was known already, and there may be another.
+            return Ok(());
+        }
+        links.remove(&node);
+        drop(links);
         self.shared.held.lost(node);
         let there: Vec<i32> = self
             .processes

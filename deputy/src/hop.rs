@@ -19,6 +19,8 @@ use crate::shared::Command;
 pub struct Hop {
     /// What is asked.
     pub wish: Wish,
+    /// The number of this attempt, once its node has been told.
+    attempt: u64,
     /// The contact to the new node, once that waits for it.
     to: Option<Link>,
 }
@@ -58,7 +60,11 @@ impl Home {
         let Some(process) = self.processes.get_mut(&pid) else {
             return;
         };
-        process.hop = Some(Hop { wish, to: None });
+        process.hop = Some(Hop {
+            wish,
+            attempt: 0,
+            to: None,
+        });
         let shared = self.shared.clone();
         crate::contact::spawn("hop", move || {
             let ready = shared.contact(node).and_then(|contact| {
@@ -94,9 +100,10 @@ impl Home {
         };
         match (ready, &process.mode) {
             (Ok(ready), Mode::Away(away)) => {
+                hop.attempt = crate::shared::next_id();
                 let order = wire::MoveTo {
                     pid,
-                    attempt: crate::shared::next_id(),
+                    attempt: hop.attempt,
                     place: ready.place,
                     key: ready.key,
                     mode: hop.wish.mode,
@@ -203,7 +210,11 @@ impl Home {
             self.shared.held.settle(pid);
             self.shared.objects.forget(pid);
             self.shared.coming.forget(pid);
-        } else if process.hop.is_none() {
+        } else if process
+            .hop
+            .as_ref()
+            .is_none_or(|hop| hop.attempt != failed.attempt)
+        {
             // It is over already, and those who wait now wait for another move.
             return Ok(());
         }

@@ -37,7 +37,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 pub use adopt::LeftOut;
 pub use outward::{Done, Outcome, Wish};
-pub use shared::{Cluster, Command, ProcessView, Shared};
+pub use shared::{Cluster, Command, Contacted, ProcessView, Shared};
 
 /// A deputy that has not seized anybody yet.
 pub struct Deputy {
@@ -102,7 +102,7 @@ impl Deputy {
     pub fn serve(mut self) -> anyhow::Result<()> {
         let result = self.home.run();
         held::release_all(&self.shared);
-        for link in self.shared.links.lock().values() {
+        for Contacted { link, .. } in self.shared.links.lock().values() {
             let header = Header::new(Kind::End as u16, 0, link.next_seq());
             if let Err(e) = link.send(0, header, &[&wire::encode(&wire::Errno(0))]) {
                 tracing::debug!(error = %e, "end not said");

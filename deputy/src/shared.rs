@@ -121,8 +121,17 @@ pub enum Command {
     Settled(wire::Settled),
     /// A process at home has all of its memory, or its memory is lost.
     Complete(i32, Arc<shim::postcopy::Pager>, shim::postcopy::End),
-    /// The contact to a supervisor is gone.
-    Lost(u32, String),
+    /// The contact with this number to the supervisor of a node is gone.
+    Lost(u32, u64, String),
+}
+
+/// A contact to the supervisor of a node.
+#[derive(Clone)]
+pub struct Contacted {
+    /// Which of those to that node.
+    pub number: u64,
+    /// The contact.
+    pub link: Link,
 }
 
 /// Counters of one process, kept across its moves.
@@ -145,7 +154,9 @@ pub struct Shared {
     /// Files that guests map shared and writable.
     pub held: HeldFiles,
     /// Open contacts by node.
-    pub links: Mutex<HashMap<u32, Link>>,
+    pub links: Mutex<HashMap<u32, Contacted>>,
+    /// Held by who opens the contact to a node.
+    opening: Mutex<HashMap<u32, Arc<Mutex<()>>>>,
     /// The cluster.
     pub cluster: Arc<dyn Cluster>,
     /// What is known of the job's processes, for `mosps`.
@@ -194,6 +205,7 @@ impl Shared {
             files: Files::default(),
             held: HeldFiles::new(),
             links: Mutex::default(),
+            opening: Mutex::default(),
             cluster,
             table: Mutex::default(),
             homecoming: Mutex::default(),
@@ -226,12 +238,24 @@ impl Shared {
 
     /// The contact to a node, opened when there is none.
     pub fn contact(self: &Arc<Self>, node: u32) -> Result<Link, String> {
-        if let Some(link) = self.links.lock().get(&node) {
-            return Ok(link.clone());
+        // A second one would have a supervisor of its own, and end with it.
+        let opening = self.opening.lock().entry(node).or_default().clone();
+        let _one_at_a_time = opening.lock();
+        if let Some(contacted) = self.links.lock().get(&node) {
+            return Ok(contacted.link.clone());
         }
-        let handler = Arc::new(crate::contact::Contact::new(self.clone(), node));
+        let number = next_id();
+        let handler = Arc::new(crate::contact::Contact::new(self.clone(), node, number));
         let link = self.cluster.contact(node, handler)?;
-        self.links.lock().insert(node, link.clone());
+        let contacted = Contacted {
+            number,
+            link: link.clone(),
+        };
+        self.links.lock().insert(node, contacted);
+        // Who was told of it before it was there has found nothing.
+        if let Some(why) = link.lost() {
+            self.post(Command::Lost(node, number, why.to_string()));
+        }
         Ok(link)
     }
 }

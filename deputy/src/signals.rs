@@ -4,15 +4,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use linklayer::frame::Header;
-use linklayer::image::SigAction;
+use linklayer::image::{SigAction, SigInfo};
 use linklayer::quic::Link;
 use linklayer::wire::{self, Kind};
-use shim::ptrace::{self, Stopped};
+use shim::ptrace::{self, PendingQueue, Stopped};
 use shim::vessel::Vessel;
 
 use crate::calls;
 use crate::home::Home;
-use crate::process::{Mode, Process, Role};
+use crate::process::{Away, Mode, Process, Role};
 
 /// Sends a signal on a lane. A lost contact is noticed elsewhere.
 pub fn send(link: &Link, lane: u32, signal: &wire::Signal) {
@@ -39,25 +39,12 @@ pub fn continued_thread(pid: i32) -> bool {
 
 /// A set of pending signals of a thread, as its status file tells.
 pub fn pending(task: &std::path::Path, which: &str) -> u64 {
-    set_in(
-        &std::fs::read_to_string(task.join("status")).unwrap_or_default(),
-        which,
-    )
-}
-
-fn set_in(status: &str, which: &str) -> u64 {
+    let status = std::fs::read_to_string(task.join("status")).unwrap_or_default();
     status
         .lines()
         .find_map(|l| l.strip_prefix(which))
         .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
         .unwrap_or(0)
-}
-
-/// Whether a thread is about to take more signals.
-fn more_pending(pid: i32, tid: i32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
-    let set = |which| set_in(&status, which);
-    (set("ShdPnd:") | set("SigPnd:")) & !set("SigBlk:") != 0
 }
 
 /// Signals that were pending at once, in the order in which a thread that blocks none of them runs their handlers: the kernel makes
@@ -102,6 +89,19 @@ pub fn stops(signal: i32) -> bool {
     [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal)
 }
 
+impl Away {
+    /// Whether this signal has been taken and not relayed. Then it is another one of it, which comes later.
+    fn has_gathered(&self, signal: i32) -> bool {
+        self.gathered.iter().any(|(_, one)| one.signal == signal)
+    }
+
+    /// Whether one of these signals has not been taken yet.
+    fn lacks(&self, signals: u64) -> bool {
+        let taken = |set: u64, (_, one): &(u32, wire::Signal)| set | 1 << (one.signal - 1).clamp(0, 63);
+        signals & !self.gathered.iter().fold(0, taken) != 0
+    }
+}
+
 impl Process {
     /// Relays what its catcher has taken.
     pub(crate) fn give_gathered(&mut self) {
@@ -121,9 +121,18 @@ impl Home {
         sig: i32,
         mut stopped: Stopped,
     ) -> anyhow::Result<()> {
+        let is_catcher = self.tasks.get(&tid).is_some_and(|t| t.role == Role::Catcher);
         if self.is_carried(pid, &stopped)? {
+            if let Some(process) = self.processes.get_mut(&pid).filter(|_| is_catcher) {
+                process.give_gathered();
+            }
             return Ok(stopped.cont(0)?);
         }
+        let others = if is_catcher && sig != libc::SIGCONT {
+            self.others_pending(pid, sig, &stopped)
+        } else {
+            0
+        };
         let process = self.processes.get_mut(&pid).context("process of the vessel")?;
         let default = process
             .actions
@@ -133,12 +142,11 @@ impl Home {
             .actions
             .get(sig as usize - 1)
             .is_some_and(|a| a.handler > 1);
-        let is_catcher = self.tasks.get(&tid).is_some_and(|t| t.role == Role::Catcher);
         // A program can tell in which order it gets what is pending at once.
-        let more = is_catcher && handled && sig != libc::SIGCONT && more_pending(pid, tid);
-        if is_catcher && !more && !handled {
+        if is_catcher && (!handled || process.away().is_some_and(|away| away.has_gathered(sig))) {
             process.give_gathered();
         }
+        let more = handled && process.away().is_some_and(|away| away.lacks(others));
         if process.dying == Some(sig) || sig == libc::SIGSTOP {
             // The kernel at home does what the signal does by default.
             return Ok(stopped.cont(sig)?);
@@ -189,6 +197,26 @@ impl Home {
             self.relayed_continue(pid)?;
         }
         Ok(())
+    }
+
+    /// Signals with handlers that the catcher of a vessel is going to take when it goes on, as a set without `sig`.
+    fn others_pending(&self, pid: i32, sig: i32, stopped: &Stopped) -> u64 {
+        let pending = stopped.first_pending(PendingQueue::Process).unwrap_or_default();
+        let Some(process) = self.processes.get(&pid).filter(|_| !pending.is_empty()) else {
+            return 0;
+        };
+        let workers = self
+            .tasks
+            .values()
+            .filter(|t| t.pid == pid && t.role == Role::Worker);
+        let elsewhere = workers.fold(0, |set, worker| set | worker.unblocked);
+        let its = |info: &&SigInfo| {
+            let at = (info.signo() - 1).clamp(0, 63) as usize;
+            let handled = process.actions.get(at).is_some_and(|action| action.handler > 1);
+            handled && info.signo() != sig && elsewhere >> at & 1 == 0 && !process.carried.contains(info)
+        };
+        let add = |set: u64, info: &SigInfo| set | 1 << (info.signo() - 1).clamp(0, 63);
+        pending.iter().filter(its).fold(0, add)
     }
 
     /// Whether a stop signal that is left to its default action stops the process. A guest can block it, which only its node

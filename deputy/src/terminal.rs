@@ -47,6 +47,13 @@ pub struct Exposed {
     covered: bool,
 }
 
+impl Exposed {
+    /// Whether the catcher has to change what it blocks, or somebody waits until it has.
+    pub fn waits(&self) -> bool {
+        !self.waiting.is_empty() || self.covered == self.workers.is_empty()
+    }
+}
+
 impl Drop for Exposed {
     fn drop(&mut self) {
         for pending in self.waiting.drain(..) {

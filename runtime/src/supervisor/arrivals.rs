@@ -265,7 +265,9 @@ impl Arrivals {
             match listener.accept(peer, own.clone(), ACCEPT_TIMEOUT, Options::of_process()) {
                 Ok(link) => {
                     let mut links = shared.arrivals.links.lock();
-                    if !own.coming.over.load(Ordering::Acquire) {
+                    // Whoever was to send it before may have been long in coming, and be of no use any more.
+                    let latest = links.get(&pid).is_none_or(|(other, _)| *other < number);
+                    if latest && !own.coming.over.load(Ordering::Acquire) {
                         links.insert(pid, (number, link));
                     }
                 }

@@ -129,10 +129,7 @@ impl Pager {
 
     /// Why the rest is lost, when it is.
     pub fn loss(&self) -> Option<String> {
-        let state = self.state.lock();
-        // All of them may have come before it was, which is not noted yet.
-        let missing = !state.spaces.iter().all(Space::is_done);
-        state.lost.clone().filter(|_| missing)
+        self.state.lock().lost.clone()
     }
 
     /// Takes up a frame of the source's.
@@ -193,8 +190,10 @@ impl Pager {
     /// The source is lost.
     pub fn lost(&self, why: &str) {
         let mut state = self.state.lock();
-        if state.complete {
-            return;
+        // That all of them have come may not be noted yet.
+        if state.complete || state.spaces.iter().all(Space::is_done) {
+            drop(state);
+            return self.rouse();
         }
         state.lost.get_or_insert_with(|| why.to_string());
         drop(state);

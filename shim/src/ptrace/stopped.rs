@@ -25,6 +25,9 @@ pub struct Stopped {
     stop: Stop,
 }
 
+/// How many pending signals are looked at in one go.
+const PEEK_BATCH: usize = 16;
+
 impl Stopped {
     /// A token for a thread that the caller knows to be stopped for this reason (for example after its token was dropped).
     /// With a wrong claim the requests fail with [`PtraceError::Gone`].
@@ -217,37 +220,45 @@ impl Stopped {
 
     /// Copies the pending signals of a queue without taking them (PTRACE_PEEKSIGINFO).
     pub fn pending(&self, queue: PendingQueue) -> Result<Vec<SigInfo>> {
+        let mut found: Vec<SigInfo> = Vec::new();
+        loop {
+            let more = self.pending_from(queue, found.len())?;
+            found.extend_from_slice(&more);
+            if more.len() < PEEK_BATCH {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// The first 16 of these, as the queue has them.
+    pub fn first_pending(&self, queue: PendingQueue) -> Result<Vec<SigInfo>> {
+        self.pending_from(queue, 0)
+    }
+
+    fn pending_from(&self, queue: PendingQueue, offset: usize) -> Result<Vec<SigInfo>> {
         #[repr(C)]
         struct PeekArgs {
             off: u64,
             flags: u32,
             nr: i32,
         }
-        const BATCH: usize = 16;
-        let flags = u32::from(queue == PendingQueue::Process);
-        let mut found: Vec<SigInfo> = Vec::new();
-        loop {
-            let args = PeekArgs {
-                off: found.len() as u64,
-                flags,
-                nr: BATCH as i32,
-            };
-            let mut batch = [SigInfo::default(); BATCH];
-            // SAFETY: the kernel reads `args` and writes at most `nr` siginfo_t of 128 bytes to `batch`.
-            let got = unsafe {
-                raw(
-                    request::PEEKSIGINFO,
-                    self.tid,
-                    &raw const args as usize,
-                    batch.as_mut_ptr() as usize,
-                )
-            }
-            .map_err(self.fail("PTRACE_PEEKSIGINFO"))?;
-            found.extend_from_slice(&batch[..got as usize]);
-            if (got as usize) < BATCH {
-                return Ok(found);
-            }
+        let args = PeekArgs {
+            off: offset as u64,
+            flags: u32::from(queue == PendingQueue::Process),
+            nr: PEEK_BATCH as i32,
+        };
+        let mut batch = [SigInfo::default(); PEEK_BATCH];
+        // SAFETY: the kernel reads `args` and writes at most `nr` siginfo_t of 128 bytes to `batch`.
+        let got = unsafe {
+            raw(
+                request::PEEKSIGINFO,
+                self.tid,
+                &raw const args as usize,
+                batch.as_mut_ptr() as usize,
+            )
         }
+        .map_err(self.fail("PTRACE_PEEKSIGINFO"))?;
+        Ok(batch[..got as usize].to_vec())
     }
 
     // --- other state
