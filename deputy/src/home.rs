@@ -396,7 +396,7 @@ impl Home {
             Command::Out(pid, wish) => self.send_out(pid, *wish),
             Command::Depart(pid, ready) => self.depart(pid, ready),
             Command::Track(pid, done) => self.track(pid, done),
-            Command::HopReady(pid, ready) => self.hop_ready(pid, ready),
+            Command::HopReady(pid, attempt, ready) => self.hop_ready(pid, attempt, ready),
             Command::Moved(reply, from, moved) => self.moved(reply, from, *moved),
             Command::KeepBack(reply, pid) => self.keep_back(reply, pid),
             Command::Empty(pid, catcher, done) => self.drop_pages(pid, catcher, done),

@@ -19,7 +19,7 @@ use crate::shared::Command;
 pub struct Hop {
     /// What is asked.
     pub wish: Wish,
-    /// The number of this attempt, once its node has been told.
+    /// The number of this attempt.
     attempt: u64,
     /// The contact to the new node, once that waits for it.
     to: Option<Link>,
@@ -60,9 +60,10 @@ impl Home {
         let Some(process) = self.processes.get_mut(&pid) else {
             return;
         };
+        let attempt = crate::shared::next_id();
         process.hop = Some(Hop {
             wish,
-            attempt: 0,
+            attempt,
             to: None,
         });
         let shared = self.shared.clone();
@@ -86,21 +87,26 @@ impl Home {
                     postcopy: no_postcopy.is_empty(),
                 })
             });
-            shared.post(Command::HopReady(pid, ready));
+            shared.post(Command::HopReady(pid, attempt, ready));
         });
     }
 
     /// The new node waits, or cannot be reached.
-    pub(crate) fn hop_ready(&mut self, pid: i32, ready: Result<HopReady, String>) -> anyhow::Result<()> {
+    pub(crate) fn hop_ready(
+        &mut self,
+        pid: i32,
+        attempt: u64,
+        ready: Result<HopReady, String>,
+    ) -> anyhow::Result<()> {
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(());
         };
-        let Some(mut hop) = process.hop.take() else {
+        // An earlier one may have come to nothing meanwhile.
+        let Some(mut hop) = process.hop.take_if(|hop| hop.attempt == attempt) else {
             return Ok(());
         };
         match (ready, &process.mode) {
             (Ok(ready), Mode::Away(away)) => {
-                hop.attempt = crate::shared::next_id();
                 let order = wire::MoveTo {
                     pid,
                     attempt: hop.attempt,

@@ -94,8 +94,8 @@ pub enum Command {
     Depart(i32, Result<Box<Ready>, String>),
     /// Watch the memory of a process that is to leave.
     Track(i32, Sender<Result<Tracker, String>>),
-    /// The node to which a guest is to go waits for it.
-    HopReady(i32, Result<HopReady, String>),
+    /// The node to which a guest is to go in this attempt waits for it.
+    HopReady(i32, u64, Result<HopReady, String>),
     /// A guest (of this node) stands ready at another one.
     Moved(ReplyTo, u32, Box<wire::Moved>),
     /// A guest stands still so as to move.
