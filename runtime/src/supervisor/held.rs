@@ -112,7 +112,8 @@ impl HeldFiles {
         Ok(Some(held))
     }
 
-    /// Forgets a file that nobody maps. An error: somebody has just begun to.
+    /// Nobody maps a file, and nobody can begin to from now on. An error: somebody has just begun to. The file is known until
+    /// [`HeldFiles::remove`]: whoever else is to give it back finds what has still to be written.
     fn give_back(&self, shared: &Shared, id: u64) -> io::Result<Option<Arc<Held>>> {
         let mut state = self.state.lock();
         let guests = shared.guests.read();
@@ -120,15 +121,17 @@ impl HeldFiles {
         if state.files.get(&id).is_some_and(lives) {
             return Err(io::Error::from_raw_os_error(libc::EINPROGRESS));
         }
-        Ok(self.remove(&mut state, id))
+        state.given_back.insert(id);
+        Ok(state.files.get(&id).map(|entry| entry.held.clone()))
     }
 
-    fn remove(&self, state: &mut State, id: u64) -> Option<Arc<Held>> {
+    /// Forgets a file: home has its content.
+    fn remove(&self, state: &mut State, id: u64) {
         state.given_back.insert(id);
         state.leaving.remove(&id);
-        let entry = state.files.remove(&id)?;
-        self.count.fetch_sub(1, Ordering::AcqRel);
-        Some(entry.held)
+        if state.files.remove(&id).is_some() {
+            self.count.fetch_sub(1, Ordering::AcqRel);
+        }
     }
 
     /// These are going home with a group of guests: nobody begins to map one of them from now on. An error: somebody else has begun
@@ -161,7 +164,7 @@ impl HeldFiles {
     pub fn forget(&self, ids: impl IntoIterator<Item = u64>) {
         let mut state = self.state.lock();
         for id in ids {
-            drop(self.remove(&mut state, id));
+            self.remove(&mut state, id);
         }
     }
 }
@@ -374,12 +377,15 @@ pub fn wanted(shared: &Shared, id: u64) -> i32 {
     }
 }
 
-/// Gives up a file that nobody maps.
+/// Gives up a file that nobody maps, when home has its content. Home may ask for it while it is being given back: both wait for the
+/// content to be there.
 fn orphan(shared: &Shared, id: u64) -> io::Result<()> {
-    match shared.held.give_back(shared, id)? {
-        Some(held) => held.write_back(shared),
-        None => Ok(()),
-    }
+    let Some(held) = shared.held.give_back(shared, id)? else {
+        return Ok(());
+    };
+    let written = held.write_back(shared);
+    shared.held.forget([id]);
+    written
 }
 
 /// A guest has ended: home gets the files that nobody maps any more.
