@@ -174,41 +174,30 @@ impl Home {
         if let Stop::Exec { former_tid } = stopped.stop() {
             return self.executed(pid, former_tid, stopped);
         }
+        let stop = stopped.stop();
         match self.tasks[&tid].role {
-            Role::Native => {
-                let stop = stopped.stop();
-                self.native_stop(pid, tid, stopped)?;
-                self.hold_on(pid, tid, stop)
-            }
-            Role::Worker | Role::Catcher => {
-                let stop = stopped.stop();
-                self.vessel_stop(pid, tid, stopped)?;
-                self.act_on(pid, tid, stop)
-            }
+            Role::Native => self.native_stop(pid, tid, stopped)?,
+            Role::Worker | Role::Catcher => self.vessel_stop(pid, tid, stopped)?,
         }
+        self.interrupt_again(pid, tid, stop)
     }
 
-    /// As [`Home::hold_on`], for a thread of a vessel that was interrupted to do something.
-    fn act_on(&mut self, pid: i32, tid: i32, stop: Stop) -> anyhow::Result<()> {
+    /// Any stop takes an interrupt away that was asked for and has not come about (kernel/signal.c, ptrace_stop): a thread that goes on
+    /// is interrupted again when it is to stand still, or, in a vessel, to do something.
+    fn interrupt_again(&mut self, pid: i32, tid: i32, stop: Stop) -> anyhow::Result<()> {
         let goes_on = !matches!(stop, Stop::Interrupt | Stop::Group(_) | Stop::Exit { .. });
         let Some(task) = self.tasks.get(&tid).filter(|_| goes_on) else {
             return Ok(());
         };
         let own = task.interrupting.is_some() || !task.unblocking.is_empty() || task.exposure.is_some();
-        let is_catcher = task.role == Role::Catcher;
-        let away = self.processes.get_mut(&pid).and_then(|p| p.away());
-        if own || away.is_some_and(|away| is_catcher && away.exposed.waits()) {
-            return unless_gone(ptrace::interrupt(tid));
-        }
-        Ok(())
-    }
-
-    /// Any stop takes an interrupt away that was asked for and has not come about (kernel/signal.c, ptrace_stop): a thread that is
-    /// to stand still and goes on is interrupted again.
-    fn hold_on(&self, pid: i32, tid: i32, stop: Stop) -> anyhow::Result<()> {
-        let goes_on = !matches!(stop, Stop::Interrupt | Stop::Group(_) | Stop::Exit { .. });
-        let to_be_held = |p: &Process| matches!(p.mode, Mode::Native) && (p.frozen || p.stops_to_leave());
-        if goes_on && self.processes.get(&pid).is_some_and(to_be_held) && self.tasks.contains_key(&tid) {
+        let process = self.processes.get(&pid);
+        let wanted = match (task.role, process.map(|p| &p.mode)) {
+            (Role::Native, Some(Mode::Native)) => process.is_some_and(Process::is_to_be_held),
+            (Role::Native, _) => false,
+            (Role::Catcher, Some(Mode::Away(away))) => own || away.exposed.waits(),
+            _ => own,
+        };
+        if wanted {
             return unless_gone(ptrace::interrupt(tid));
         }
         Ok(())
@@ -269,8 +258,7 @@ impl Home {
         let owner = shim::process::of_thread(child).unwrap_or(child);
         if owner == parent {
             self.tasks.insert(child, Task::new(child, parent, Role::Native));
-            let to_be_held = |p: &Process| p.frozen || p.stops_to_leave();
-            if self.processes.get(&parent).is_some_and(to_be_held) {
+            if self.processes.get(&parent).is_some_and(Process::is_to_be_held) {
                 // Its first stop may be over already.
                 let _ = ptrace::interrupt(child);
             }
@@ -394,8 +382,8 @@ impl Home {
             Command::MoveFailed(from, m) => self.move_failed(from, m),
             Command::Action(a) => self.action(a),
             Command::Out(pid, wish) => self.send_out(pid, *wish),
-            Command::Depart(pid, ready) => self.depart(pid, ready),
-            Command::Track(pid, done) => self.track(pid, done),
+            Command::Depart(pid, attempt, ready) => self.depart(pid, attempt, ready),
+            Command::Track(pid, attempt, done) => self.track(pid, attempt, done),
             Command::HopReady(pid, attempt, ready) => self.hop_ready(pid, attempt, ready),
             Command::Moved(reply, from, moved) => self.moved(reply, from, *moved),
             Command::KeepBack(reply, pid) => self.keep_back(reply, pid),

@@ -117,6 +117,8 @@ enum Stage {
 pub struct Leaving {
     /// What is asked.
     pub wish: Wish,
+    /// Number of this attempt.
+    attempt: u64,
     stage: Stage,
     /// Its threads that have stopped.
     held: Vec<Stopped>,
@@ -159,8 +161,10 @@ impl Home {
         let Some(process) = self.processes.get_mut(&pid) else {
             return;
         };
+        let attempt = crate::shared::next_id();
         process.leaving = Some(Leaving {
             wish,
+            attempt,
             stage: Stage::Preparing,
             held: Vec::new(),
             since: Instant::now(),
@@ -171,18 +175,24 @@ impl Home {
         crate::contact::spawn("out", move || {
             // What is still coming has to be here before it can be sent on.
             let here = pager.map_or(Ok(()), |pager| pager.wait());
-            let ready = here.and_then(|()| make_ready(&shared, pid, node, mode).map(Box::new));
-            shared.post(Command::Depart(pid, ready));
+            let ready = here.and_then(|()| make_ready(&shared, pid, attempt, node, mode).map(Box::new));
+            shared.post(Command::Depart(pid, attempt, ready));
         });
     }
 
     /// Everything is ready, or cannot be made so: the process is stopped.
-    pub(crate) fn depart(&mut self, pid: i32, ready: Result<Box<Ready>, String>) -> anyhow::Result<()> {
+    pub(crate) fn depart(
+        &mut self,
+        pid: i32,
+        attempt: u64,
+        ready: Result<Box<Ready>, String>,
+    ) -> anyhow::Result<()> {
         let waits = self.waits_for_a_time(pid);
         let Some(process) = self.processes.get_mut(&pid) else {
             return Ok(());
         };
-        let Some(mut leaving) = process.leaving.take() else {
+        let Some(mut leaving) = process.leaving.take_if(|leaving| leaving.attempt == attempt) else {
+            // It has executed another program since, and that one may be leaving.
             return Ok(());
         };
         match ready {
@@ -203,9 +213,15 @@ impl Home {
     }
 
     /// A process that leaves is to be watched.
-    pub(crate) fn track(&mut self, pid: i32, done: Sender<Result<Tracker, String>>) -> anyhow::Result<()> {
+    pub(crate) fn track(
+        &mut self,
+        pid: i32,
+        attempt: u64,
+        done: Sender<Result<Tracker, String>>,
+    ) -> anyhow::Result<()> {
         let waits = self.waits_for_a_time(pid);
-        let Some(leaving) = self.processes.get_mut(&pid).and_then(|p| p.leaving.as_mut()) else {
+        let leaving = self.processes.get_mut(&pid).and_then(|p| p.leaving.as_mut());
+        let Some(leaving) = leaving.filter(|leaving| leaving.attempt == attempt) else {
             let _ = done.send(Err("it does not leave any more".into()));
             return Ok(());
         };
@@ -387,6 +403,7 @@ impl Home {
         }
         leaving.wish.tries -= 1;
         leaving.stage = Stage::Preparing;
+        let attempt = leaving.attempt;
         let ready = leaving.ready.take().context("way of a process that leaves")?;
         if let Some(process) = self.processes.get_mut(&pid) {
             process.leaving = Some(leaving);
@@ -394,7 +411,7 @@ impl Home {
         let shared = self.shared.clone();
         crate::contact::spawn("again", move || {
             std::thread::sleep(PAUSE);
-            shared.post(Command::Depart(pid, Ok(ready)));
+            shared.post(Command::Depart(pid, attempt, Ok(ready)));
         });
         Ok(())
     }
@@ -425,7 +442,13 @@ impl Home {
 }
 
 /// Opens the way to a node, and sends what memory can be sent while the process runs.
-fn make_ready(shared: &Arc<Shared>, pid: i32, node: u32, mode: wire::Mode) -> Result<Ready, String> {
+fn make_ready(
+    shared: &Arc<Shared>,
+    pid: i32,
+    attempt: u64,
+    node: u32,
+    mode: wire::Mode,
+) -> Result<Ready, String> {
     let size_bytes = resident_bytes(pid);
     let (wanted, lazy) = (mode.wants_precopy(size_bytes), mode.is_lazy());
     let mut ready = Ready {
@@ -452,7 +475,7 @@ fn make_ready(shared: &Arc<Shared>, pid: i32, node: u32, mode: wire::Mode) -> Re
         announce(shared, pid, &ready.road, wanted || !lazy);
         ready.road.learn_known(pid, &mut ready.writer);
     }
-    if wanted && let Err(why) = precopy(shared, pid, &mut ready, mode) {
+    if wanted && let Err(why) = precopy(shared, pid, attempt, &mut ready, mode) {
         if mode == wire::Mode::Precopy {
             tracing::warn!(pid, why, "its memory is sent while it stands still");
         }
@@ -482,14 +505,20 @@ fn announce(shared: &Arc<Shared>, pid: i32, road: &Road, memory: bool) {
     }
 }
 
-fn precopy(shared: &Arc<Shared>, pid: i32, ready: &mut Ready, mode: wire::Mode) -> Result<(), String> {
+fn precopy(
+    shared: &Arc<Shared>,
+    pid: i32,
+    attempt: u64,
+    ready: &mut Ready,
+    mode: wire::Mode,
+) -> Result<(), String> {
     if !ready.road.has_link() {
         return Err("there is no link of its own to the node".into());
     }
     let begun = Instant::now();
     faults::at(Point::SourcePrecopy, pid)?;
     let (done, tracked) = crossbeam_channel::bounded(1);
-    shared.post(Command::Track(pid, done));
+    shared.post(Command::Track(pid, attempt, done));
     let tracker = tracked.recv().map_err(|e| e.to_string())??;
     let link = ready.road.link();
     let rounds = tracker

@@ -290,6 +290,11 @@ impl Process {
         self.together.is_some() || self.leaving.as_ref().is_some_and(Leaving::stops)
     }
 
+    /// Whether its threads stand still, or are to, while it runs at home.
+    pub fn is_to_be_held(&self) -> bool {
+        self.frozen || self.stops_to_leave()
+    }
+
     /// Its home half, when its user half is away.
     pub fn away(&mut self) -> Option<&mut Away> {
         match &mut self.mode {

@@ -90,10 +90,10 @@ pub enum Command {
     Bring(i32, StayReason, wire::Mode, Done),
     /// Move a process to a node; the answer tells when it runs there, or why it does not.
     Out(i32, Box<Wish>),
-    /// The way out is ready, or cannot be made so.
-    Depart(i32, Result<Box<Ready>, String>),
-    /// Watch the memory of a process that is to leave.
-    Track(i32, Sender<Result<Tracker, String>>),
+    /// The way out is ready in this attempt, or cannot be made so.
+    Depart(i32, u64, Result<Box<Ready>, String>),
+    /// Watch the memory of a process that is to leave in this attempt.
+    Track(i32, u64, Sender<Result<Tracker, String>>),
     /// The node to which a guest is to go in this attempt waits for it.
     HopReady(i32, u64, Result<HopReady, String>),
     /// A guest (of this node) stands ready at another one.

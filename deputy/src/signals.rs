@@ -47,6 +47,11 @@ pub fn pending(task: &std::path::Path, which: &str) -> u64 {
         .unwrap_or(0)
 }
 
+/// A signal in a set of signals.
+fn bit(signal: i32) -> u64 {
+    1 << (signal - 1).clamp(0, 63)
+}
+
 /// Signals that were pending at once, in the order in which a thread that blocks none of them runs their handlers: the kernel makes
 /// the frame of the one with the lowest number first, and those that are made later, as far as the handler's mask lets them, are
 /// returned from first (kernel/signal.c, get_signal).
@@ -55,7 +60,7 @@ pub fn in_order<T>(mut pending: Vec<T>, actions: &[SigAction], number: impl Fn(&
     let mut frames: Vec<(T, u64)> = Vec::new();
     let mut blocked = 0u64;
     loop {
-        let bit = |one: &T| 1u64 << (number(one) - 1).clamp(0, 63);
+        let bit = |one: &T| bit(number(one));
         let next = (pending.iter().enumerate())
             .filter(|(_, one)| blocked & bit(one) == 0)
             .min_by_key(|(_, one)| number(one))
@@ -97,7 +102,7 @@ impl Away {
 
     /// Whether one of these signals has not been taken yet.
     fn lacks(&self, signals: u64) -> bool {
-        let taken = |set: u64, (_, one): &(u32, wire::Signal)| set | 1 << (one.signal - 1).clamp(0, 63);
+        let taken = |set: u64, (_, one): &(u32, wire::Signal)| set | bit(one.signal);
         signals & !self.gathered.iter().fold(0, taken) != 0
     }
 }
@@ -128,20 +133,15 @@ impl Home {
             }
             return Ok(stopped.cont(0)?);
         }
-        let others = if is_catcher && sig != libc::SIGCONT {
+        let process = self.processes.get(&pid).context("process of the vessel")?;
+        let handler = process.actions.get(sig as usize - 1).map_or(0, |a| a.handler);
+        let (default, handled) = (handler == 0, handler > 1);
+        let others = if is_catcher && handled && sig != libc::SIGCONT {
             self.others_pending(pid, sig, &stopped)
         } else {
             0
         };
         let process = self.processes.get_mut(&pid).context("process of the vessel")?;
-        let default = process
-            .actions
-            .get(sig as usize - 1)
-            .is_none_or(|a| a.handler == 0);
-        let handled = process
-            .actions
-            .get(sig as usize - 1)
-            .is_some_and(|a| a.handler > 1);
         // A program can tell in which order it gets what is pending at once.
         if is_catcher && (!handled || process.away().is_some_and(|away| away.has_gathered(sig))) {
             process.give_gathered();
@@ -211,11 +211,12 @@ impl Home {
             .filter(|t| t.pid == pid && t.role == Role::Worker);
         let elsewhere = workers.fold(0, |set, worker| set | worker.unblocked);
         let its = |info: &&SigInfo| {
-            let at = (info.signo() - 1).clamp(0, 63) as usize;
+            let at = (info.signo() - 1).max(0) as usize;
             let handled = process.actions.get(at).is_some_and(|action| action.handler > 1);
-            handled && info.signo() != sig && elsewhere >> at & 1 == 0 && !process.carried.contains(info)
+            let here = elsewhere & bit(info.signo()) == 0;
+            handled && here && info.signo() != sig && !process.carried.contains(info)
         };
-        let add = |set: u64, info: &SigInfo| set | 1 << (info.signo() - 1).clamp(0, 63);
+        let add = |set: u64, info: &SigInfo| set | bit(info.signo());
         pending.iter().filter(its).fold(0, add)
     }
 

@@ -572,7 +572,7 @@ pub struct Synthetic {
 pub struct MoveFailed {
     /// Process.
     pub pid: i32,
-    /// Number of the attempt ([`Bring::attempt`], [`MoveTo::attempt`]), or 0 for one that the node began by itself.
+    /// Number of the attempt ([`Bring::attempt`], [`MoveTo::attempt`]), or 0: the node began it by itself, or the process stood still for it.
     pub attempt: u64,
     /// In which part of the move.
     pub phase: Phase,

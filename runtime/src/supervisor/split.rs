@@ -108,10 +108,13 @@ fn exec(call: &Call) -> Result<Outcome, Outcome> {
     super::held::before_end(call);
     let guest = &call.thread.guest;
     let relayed = guest.relayed.lock().begin_exec();
-    let (answer, pending) = crossbeam_channel::bounded(1);
-    call.shared.post(Command::Pending(call.thread.outer, answer));
-    let pending = pending.recv().unwrap_or_default();
     let status = super::guest::SignalStatus::read(call.thread.outer).unwrap_or_default();
+    let mut pending = Vec::new();
+    if status.pending_thread | status.pending_process != 0 {
+        let (answer, asked) = crossbeam_channel::bounded(1);
+        call.shared.post(Command::Pending(call.thread.outer, answer));
+        pending = asked.recv().unwrap_or_default();
+    }
     let mut request = Vec::with_capacity(gathered.request.encoded_len());
     gathered.request.encode(&mut request);
     let body = wire::Exec {

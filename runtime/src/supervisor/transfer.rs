@@ -120,7 +120,7 @@ fn send(
     }
     let lazily: HashSet<i32> = members.iter().filter(|m| lazy(m)).map(|m| m.pid).collect();
     let mut rest = None;
-    tracing::debug!(?group, ?lazily, own = ?members.iter().map(|m| m.own.as_ref().map(|o| o.early)).collect::<Vec<_>>(), "goes home");
+    tracing::debug!(?group, ?lazily, "goes home");
     let begun = Instant::now();
     let mut writer = Writer::default();
     let mut spaces = HashSet::new();

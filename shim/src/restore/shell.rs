@@ -213,9 +213,7 @@ impl Shell {
         }
         super::complete(self.calls, self.memory, image, faults)
     }
-}
 
-impl Shell {
     /// Makes those areas anew that came out in pieces.
     fn join(&mut self, image: &ProcessImage, landed: &Landed) -> Result<(), RestoreError> {
         let lines = map_lines(self.pid(), false)?;
