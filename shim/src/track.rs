@@ -28,6 +28,11 @@ const USER_MODE_ONLY: u64 = 1;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
 const MODE_WP: u64 = 1 << 1;
+const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+const WRITEPROTECT_MODE_WP: u64 = 1;
+const WRITEPROTECT_MODE_DONTWAKE: u64 = 2;
+/// The end of what a process can map (arch/x86/include/asm/page_64_types.h, TASK_SIZE_MAX).
+const LAST: u64 = (1 << 47) - PAGE;
 
 /// Watches the memory of one process. When it is dropped, the memory is as it was.
 #[derive(Debug)]
@@ -82,44 +87,57 @@ impl Tracker {
     /// # Errors
     /// The process is gone.
     pub fn round_of(&self, lines: &[MapLine]) -> io::Result<Vec<Range<u64>>> {
+        let mut looks = Vec::with_capacity(lines.len());
+        for line in lines {
+            looks.push(match watched(line) {
+                true => Some(scan_written(&self.pagemap, &line.range, line.ino != 0)?),
+                false => None,
+            });
+        }
         let mut runs = Vec::new();
-        let mut rest = lines;
-        while let Some(first) = rest.iter().position(watched) {
-            rest = &rest[first..];
-            let count = rest.iter().position(|line| !watched(line)).unwrap_or(rest.len());
-            let (together, after) = rest.split_at(count);
-            let end = after.first().map_or(u64::MAX, |line| line.range.start);
-            self.changed(together, end, &mut runs)?;
-            rest = after;
+        let mut at = 0;
+        while let Some(look) = looks.get_mut(at) {
+            match look.take() {
+                None => {}
+                Some(Found::Runs(more)) => runs.extend(more),
+                Some(Found::Unwatched) => {
+                    let more = looks[at + 1..].iter();
+                    let more = more.take_while(|look| matches!(look, Some(Found::Unwatched)));
+                    let after = at + 1 + more.count();
+                    let end = lines.get(after).map_or(LAST, |line| line.range.start);
+                    self.take_in(&lines[at..after], end, &mut runs)?;
+                    at = after;
+                    continue;
+                }
+            }
+            at += 1;
         }
         Ok(runs)
     }
 
-    /// What has changed in areas between which there are only gaps; `end` is where the next one begins.
-    fn changed(&self, lines: &[MapLine], end: u64, runs: &mut Vec<Range<u64>>) -> io::Result<()> {
-        /// The end of what a process can map (arch/x86/include/asm/page_64_types.h, TASK_SIZE_MAX).
-        const LAST: u64 = (1 << 47) - PAGE;
-        let mut registered = None;
-        for line in lines {
-            let private_file = line.ino != 0;
-            let found = scan_written(&self.pagemap, &line.range, private_file)?;
-            if matches!(found, Found::Unwatched) {
-                // All at once and with the gaps: an area that grows meanwhile must not be cut in two where it ended, of which the
-                // program would know by an mremap(2) that fails.
-                let all = lines[0].range.start..end.min(LAST);
-                let whole = *registered.get_or_insert_with(|| self.register(&all).is_ok());
-                if whole || self.register(&line.range).is_ok() {
-                    // It is protected by that; if it has been given up meanwhile, or cannot be watched, that is tried again next time.
-                    scan_written(&self.pagemap, &line.range, private_file)?;
+    /// Watches areas between which there are only gaps, and tells of all of their pages; `end` is where the next area begins.
+    ///
+    /// Part of one may have been watched before something else was mapped into it. What the look at it had found until it failed is
+    /// protected already, and nobody was told of it: everything counts as changed. An area into which another one was moved may be
+    /// given up by the kernel (mm/mremap.c, mremap_userfaultfd_prep), and its pages keep marks that mean nothing any more: all of them are
+    /// protected anew.
+    fn take_in(&self, lines: &[MapLine], end: u64, runs: &mut Vec<Range<u64>>) -> io::Result<()> {
+        // All at once and with the gaps: an area that grows meanwhile must not be cut in two where it ended, of which the program would
+        // know by an mremap(2) that fails.
+        let all = lines[0].range.start..end;
+        let whole = self.register(&all).is_ok();
+        for (at, line) in lines.iter().enumerate() {
+            // What has been given up meanwhile, or cannot be watched, is tried again next time.
+            if whole || self.register(&line.range).is_ok() {
+                for run in page_runs_of(self.pid, &line.range, line.ino != 0)? {
+                    let _ = self.protect(&run, WRITEPROTECT_MODE_WP);
                 }
             }
-            match found {
-                Found::Runs(more) => runs.extend(more),
-                // Part of it may have been watched before something else was mapped into it. What the look had found there until it
-                // failed is protected already, and nobody was told of it: everything counts as changed.
-                Found::Unwatched => {
-                    runs.extend(page_runs_of(self.pid, &line.range, private_file)?);
-                }
+            runs.extend(page_runs_of(self.pid, &line.range, line.ino != 0)?);
+            let next = lines.get(at + 1).map_or(end, |next| next.range.start);
+            if whole && line.range.end < next {
+                // What has come there, perhaps with such marks, counts as changed when it is seen.
+                let _ = self.protect(&(line.range.end..next), WRITEPROTECT_MODE_DONTWAKE);
             }
         }
         Ok(())
@@ -166,6 +184,16 @@ impl Tracker {
         let mut request = [range.start, range.end - range.start, MODE_WP, 0];
         // SAFETY: the request reads and writes a struct uffdio_register, four words.
         if unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_REGISTER, request.as_mut_ptr()) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Protects pages, or takes their protection and marks away.
+    fn protect(&self, range: &Range<u64>, mode: u64) -> io::Result<()> {
+        let mut request = [range.start, range.end - range.start, mode];
+        // SAFETY: the request reads a struct uffdio_writeprotect, three words.
+        if unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_WRITEPROTECT, request.as_mut_ptr()) } < 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(())

@@ -544,6 +544,76 @@ fn what_has_changed_is_told_though_the_areas_are_others_by_now() {
     end(guest.pid);
 }
 
+const JOINS: &str = r#"
+    #define _GNU_SOURCE
+    #include <stdio.h>
+    #include <string.h>
+    #include <sys/mman.h>
+    #define BASE ((char *) 0x200000000000)
+    static void done(void) {
+        puts("done");
+        fflush(stdout);
+        getchar();
+    }
+    static int move(long from, long to) {
+        int flags = MREMAP_MAYMOVE | MREMAP_FIXED;
+        return mremap(BASE + from * 4096, 4 * 4096, 4 * 4096, flags, BASE + to * 4096) != MAP_FAILED;
+    }
+    int main(void) {
+        int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+        if (mmap(BASE, 8 * 4096, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) return 1;
+        memset(BASE, 1, 8 * 4096);
+        done();
+        if (!move(4, 20)) return 2;
+        done();
+        if (!move(20, 4)) return 3;
+        memset(BASE, 2, 2 * 4096);
+        done();
+        memset(BASE, 3, 4096);
+        memset(BASE + 2 * 4096, 3, 4096);
+        done();
+        return 42;
+    }"#;
+
+/// An area into which another one is moved is watched no more, and what its pages are marked with says nothing.
+#[test]
+fn what_has_changed_is_told_though_areas_were_joined() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "joins", JOINS, &[]);
+    let (mut guest, stopped) = Guest::start(&program, &[]);
+    stopped.cont(0).unwrap();
+    assert_eq!(guest.line(), "done");
+    let mut threads = stop_all(guest.pid);
+    let tracker = shim::track::Tracker::begin(&mut threads[0], 0).unwrap();
+    go(threads);
+    // The pages of the program's area that it tells of.
+    let told = || -> Vec<u64> {
+        let runs = tracker.round().unwrap();
+        let page = |number: &u64| {
+            runs.iter()
+                .any(|r| r.contains(&(0x2000_0000_0000 + number * PAGE)))
+        };
+        (0..30).filter(page).collect()
+    };
+    let mut next = || {
+        std::io::Write::write_all(guest.stdin.as_mut().unwrap(), b"\n").unwrap();
+        assert_eq!(guest.line(), "done");
+    };
+    assert_eq!(told(), [0, 1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(told(), []);
+    next();
+    assert_eq!(told(), [20, 21, 22, 23]);
+    assert_eq!(told(), []);
+    next();
+    assert_eq!(told(), [0, 1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(told(), []);
+    next();
+    assert_eq!(told(), [0, 2]);
+    assert_eq!(told(), []);
+    drop(tracker);
+    end(guest.pid);
+}
+
 const LEADERLESS: &str = r#"
     #define _GNU_SOURCE
     #include <errno.h>
