@@ -148,8 +148,11 @@ impl Link {
             }
             fresh = fresh && begun.elapsed() < TICK;
         };
-        if state.leader == Leader::Busy(me) {
-            self.release(state);
+        match state.leader {
+            Leader::Busy(leader) if leader == me => self.release(state),
+            // It was woken to lead, and what it waited for had come already.
+            Leader::Nobody => self.shared.rouse_idle(state),
+            _ => {}
         }
         outcome
     }
@@ -408,7 +411,7 @@ impl Shared {
     fn poll(&self, state: &mut MutexGuard<'_, State>, me: u64, until: Instant) -> Option<bool> {
         state.leader = Leader::Polling(me, until);
         let (main, side) = (state.main.clone(), state.side.clone());
-        let ready = MutexGuard::unlocked(state, || {
+        let (ready, woken) = MutexGuard::unlocked(state, || {
             let socks: Vec<(Via, &Arc<Sock>)> = main
                 .iter()
                 .map(|sock| (Via::Main, sock))
@@ -422,21 +425,23 @@ impl Shared {
             let wait = until.saturating_duration_since(Instant::now());
             let timeout = TimeSpec::from(wait);
             if ppoll(&mut fds, Some(timeout), None).is_err() {
-                return Vec::new();
+                return (Vec::new(), false);
             }
-            if fds.pop().and_then(|fd| fd.any()) == Some(true) {
-                let _ = self.wake.read();
-            }
+            let woken = fds.pop().and_then(|fd| fd.any()) == Some(true);
             let ready: Vec<(Via, Arc<Sock>)> = socks
                 .iter()
                 .zip(&fds)
                 .filter(|(_, fd)| fd.any() == Some(true))
                 .map(|((via, sock), _)| (*via, Arc::clone(sock)))
                 .collect();
-            ready
+            (ready, woken)
         });
         if !matches!(state.leader, Leader::Polling(id, _) if id == me) {
             return None;
+        }
+        // Only now: one that has been replaced must not take the wake-up from the one that it is meant for.
+        if woken {
+            let _ = self.wake.read();
         }
         state.leader = Leader::Busy(me);
         let mut came = false;

@@ -228,8 +228,9 @@ impl From<ExitStatus> for Ended {
     }
 }
 
-/// Signals that are passed on to the command.
-const PASSED_ON: [Signal; 7] = [
+/// Signals that are passed on to the command. Those of a terminal that stop are among them: this process stops when the command has
+/// stopped, and not by itself as well, for what it finds then, after it was continued, may be that the command is still to be continued.
+const PASSED_ON: [Signal; 10] = [
     Signal::SIGHUP,
     Signal::SIGINT,
     Signal::SIGQUIT,
@@ -237,6 +238,9 @@ const PASSED_ON: [Signal; 7] = [
     Signal::SIGUSR1,
     Signal::SIGUSR2,
     Signal::SIGCONT,
+    Signal::SIGTSTP,
+    Signal::SIGTTIN,
+    Signal::SIGTTOU,
 ];
 
 /// Waits for the child, and stands in for it towards our own parent: passes signals on, stops when it stops.
