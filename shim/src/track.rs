@@ -4,6 +4,7 @@
 //! itself lifts the protection of a page that is written (UFFD_FEATURE_WP_ASYNC, Linux 6.7), so that nobody waits for anybody,
 //! and PAGEMAP_SCAN tells and protects anew. Memory that is mapped later is taken in when it is looked at next.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -87,57 +88,63 @@ impl Tracker {
     /// # Errors
     /// The process is gone.
     pub fn round_of(&self, lines: &[MapLine]) -> io::Result<Vec<Range<u64>>> {
-        let mut looks = Vec::with_capacity(lines.len());
-        for line in lines {
-            looks.push(match watched(line) {
-                true => Some(scan_written(&self.pagemap, &line.range, line.ino != 0)?),
-                false => None,
-            });
-        }
         let mut runs = Vec::new();
-        let mut at = 0;
-        while let Some(look) = looks.get_mut(at) {
-            match look.take() {
-                None => {}
-                Some(Found::Runs(more)) => runs.extend(more),
-                Some(Found::Unwatched) => {
-                    let more = looks[at + 1..].iter();
-                    let more = more.take_while(|look| matches!(look, Some(Found::Unwatched)));
-                    let after = at + 1 + more.count();
-                    let end = lines.get(after).map_or(LAST, |line| line.range.start);
-                    self.take_in(&lines[at..after], end, &mut runs)?;
-                    at = after;
-                    continue;
-                }
+        let mut start = lines.first().map_or(LAST, |line| line.range.start);
+        for together in lines.chunk_by(|a, b| watched(a) == watched(b)) {
+            let last = together.last().map_or(start, |line| line.range.end);
+            if watched(&together[0]) {
+                let next = lines.partition_point(|line| line.range.start < last);
+                let end = lines.get(next).map_or(LAST, |line| line.range.start.min(LAST));
+                self.changed(together, &(start..end), &mut runs)?;
             }
-            at += 1;
+            start = last;
         }
         Ok(runs)
     }
 
-    /// Watches areas between which there are only gaps, and tells of all of their pages; `end` is where the next area begins.
-    ///
-    /// Part of one may have been watched before something else was mapped into it. What the look at it had found until it failed is
-    /// protected already, and nobody was told of it: everything counts as changed. An area into which another one was moved may be
-    /// given up by the kernel (mm/mremap.c, mremap_userfaultfd_prep), and its pages keep marks that mean nothing any more: all of them are
-    /// protected anew.
-    fn take_in(&self, lines: &[MapLine], end: u64, runs: &mut Vec<Range<u64>>) -> io::Result<()> {
+    /// What has changed in areas between which there are only gaps; `all` is what lies between their neighbours.
+    fn changed(&self, lines: &[MapLine], all: &Range<u64>, runs: &mut Vec<Range<u64>>) -> io::Result<()> {
+        let private_file = |line: &MapLine| line.ino != 0;
+        let mut looks = Vec::with_capacity(lines.len());
+        for line in lines {
+            looks.push(scan_written(&self.pagemap, &line.range, private_file(line))?);
+        }
+        let unwatched = looks.iter().any(|look| matches!(look, Found::Unwatched));
         // All at once and with the gaps: an area that grows meanwhile must not be cut in two where it ended, of which the program would
         // know by an mremap(2) that fails.
-        let all = lines[0].range.start..end;
-        let whole = self.register(&all).is_ok();
-        for (at, line) in lines.iter().enumerate() {
-            // What has been given up meanwhile, or cannot be watched, is tried again next time.
-            if whole || self.register(&line.range).is_ok() {
-                for run in page_runs_of(self.pid, &line.range, line.ino != 0)? {
-                    let _ = self.protect(&run, WRITEPROTECT_MODE_WP);
+        let whole = unwatched && self.register(all).is_ok();
+        for (line, look) in lines.iter().zip(looks) {
+            match look {
+                Found::Runs(more) => runs.extend(more),
+                // Part of it may have been watched before something else was mapped into it. What the look had found there until it
+                // failed is protected already, and nobody was told of it: everything counts as changed.
+                Found::Unwatched => {
+                    // What has been given up meanwhile, or cannot be watched, is tried again next time.
+                    if whole || self.register(&line.range).is_ok() {
+                        for run in page_runs_of(self.pid, &line.range, private_file(line))? {
+                            let _ = self.protect(&run, WRITEPROTECT_MODE_WP);
+                        }
+                    }
+                    runs.extend(page_runs_of(self.pid, &line.range, private_file(line))?);
                 }
             }
-            runs.extend(page_runs_of(self.pid, &line.range, line.ino != 0)?);
-            let next = lines.get(at + 1).map_or(end, |next| next.range.start);
-            if whole && line.range.end < next {
-                // What has come there, perhaps with such marks, counts as changed when it is seen.
-                let _ = self.protect(&(line.range.end..next), WRITEPROTECT_MODE_DONTWAKE);
+        }
+        if whole {
+            self.mistrust(lines, all)?;
+        }
+        Ok(())
+    }
+
+    /// Areas have been taken in together, and perhaps others than those that were looked at. An area into which another one is moved with
+    /// mremap(2), and that becomes one with it, is given up by the kernel, and its pages keep marks that mean nothing any more
+    /// (mm/mremap.c, mremap_userfaultfd_prep): what is another one by now counts as changed when it is looked at next.
+    fn mistrust(&self, lines: &[MapLine], all: &Range<u64>) -> io::Result<()> {
+        let looked: HashSet<&Range<u64>> = lines.iter().map(|line| &line.range).collect();
+        for line in map_lines(self.pid, false)? {
+            let among = line.range.start < all.end && line.range.end > all.start;
+            if among && !looked.contains(&line.range) {
+                // It may have been mapped after that, and is not watched then.
+                let _ = self.protect(&line.range, WRITEPROTECT_MODE_DONTWAKE);
             }
         }
         Ok(())
