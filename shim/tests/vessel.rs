@@ -400,6 +400,70 @@ fn a_process_with_threads_comes_home() {
     }
 }
 
+const QUEUED: &str = r#"
+    #include <errno.h>
+    #include <signal.h>
+    #include <stdio.h>
+    #include <time.h>
+    int main(void) {
+        sigset_t set;
+        siginfo_t info;
+        struct timespec none = {0, 0};
+        sigemptyset(&set);
+        sigaddset(&set, SIGRTMIN);
+        sigaddset(&set, SIGUSR1);
+        sigprocmask(SIG_BLOCK, &set, 0);
+        puts("ready");
+        fflush(stdout);
+        sigdelset(&set, SIGRTMIN);
+        while (sigwaitinfo(&set, &info) != SIGUSR1) if (errno != EINTR) return 1;
+        sigemptyset(&set);
+        sigaddset(&set, SIGRTMIN);
+        while (sigtimedwait(&set, &info, &none) > 0) printf("%d ", info.si_value.sival_int);
+        puts("and no more");
+        return 42;
+    }"#;
+
+/// What was pending when the process left has gone with it: what its vessel has not taken of that is not given to it once more.
+#[test]
+fn what_is_pending_comes_home_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "queued", QUEUED, &[]);
+    let (mut guest, stopped) = Guest::start(&program, &[]);
+    stopped.cont(0).unwrap();
+    assert_eq!(guest.line(), "ready");
+    let pid = guest.pid;
+    let queue = |value: u64| {
+        let info = shim::signal::queued_info(libc::SIGRTMIN(), value);
+        shim::signal::queue_process(pid, libc::SIGRTMIN(), &info).unwrap();
+    };
+    (1..=3).for_each(queue);
+    let mut threads = stop_all(pid);
+    let captured = capture(pid, &mut threads);
+    let image = captured.image;
+    assert_eq!(image.pending.len(), 3);
+    let arena = Arena::new().unwrap();
+    let (vessel, parts) = Vessel::convert_all(threads, &arena).unwrap();
+    let files: Vec<_> = captured.files.into_iter().map(Arc::new).collect();
+    let file = |id| files.get(id as usize).cloned();
+    let slot = &parts.workers[0].1;
+    Vessel::adapt_layout(&image, slot, &file, &|_| None, &|_| None, &Landed::default()).unwrap();
+    let memory = ProcessMemory::new(pid);
+    for (address, bytes) in &captured.pages {
+        memory.write_forced(*address, bytes).unwrap();
+    }
+    // One that comes for it meanwhile.
+    queue(4);
+    let homebound = vessel.gather(&image, &mut image.pending.clone()).unwrap();
+    for thread in homebound.finish(true).unwrap() {
+        thread.cont(0).unwrap();
+    }
+    send(pid, Signal::SIGUSR1);
+    let status = run_to_end(pid);
+    assert!(matches!(status, Status::Exited(42)), "{status:?}");
+    assert_eq!(guest.output(), "1 2 3 4 and no more\n");
+}
+
 fn anon(start: u64, pages: u64, prot: u8) -> Area {
     Area {
         start,

@@ -18,7 +18,7 @@ use super::room::{Carried, put_down};
 use super::{ARENA_ADDRESS, ARENA_LEN, KEEPERS, Raised, Slot, Vessel, VesselError};
 use crate::capture::{self, MapLine, in_pieces, map_lines, reserved, vdso_site};
 use crate::memory::ProcessMemory;
-use crate::ptrace::{self, Stop, Stopped};
+use crate::ptrace::{self, PendingQueue, Stop, Stopped};
 use crate::remote_call::RemoteCalls;
 use crate::restore::{self, TRAMPOLINE, carry, register, requeue, set_xstate};
 use crate::{userfault, xstate};
@@ -228,7 +228,8 @@ impl Vessel {
             }
             threads.push((calls, thread));
         }
-        end_catcher(self.catcher, &mut caught)?;
+        let in_front = !carried.is_empty() || !image.pending.is_empty();
+        end_catcher(self.catcher, in_front, &mut caught)?;
         caught.retain(|info| match carried.iter().position(|c| c == info) {
             Some(at) => {
                 carried.swap_remove(at);
@@ -511,8 +512,9 @@ fn stop(tid: i32, caught: &mut Vec<SigInfo>) -> Result<Stopped, VesselError> {
 }
 
 /// Has the catcher end, and waits until it has; its end is still to be reported by [`ptrace::wait`]. The signals that it took
-/// meanwhile nobody has seen yet.
-fn end_catcher(tid: i32, caught: &mut Vec<SigInfo>) -> Result<(), VesselError> {
+/// meanwhile nobody has seen yet. With `all` it takes all that are there: the guest has some of them already, or has others that come
+/// in front of them.
+fn end_catcher(tid: i32, all: bool, caught: &mut Vec<SigInfo>) -> Result<(), VesselError> {
     ptrace::interrupt(tid)?;
     loop {
         let Ok(stopped) = ptrace::wait_stop(tid) else {
@@ -521,7 +523,11 @@ fn end_catcher(tid: i32, caught: &mut Vec<SigInfo>) -> Result<(), VesselError> {
         if let Stop::Signal(_) = stopped.stop() {
             caught.push(stopped.siginfo()?);
         }
-        to_exit(stopped)?;
+        if all && !stopped.first_pending(PendingQueue::Process)?.is_empty() {
+            stopped.cont(0)?;
+        } else {
+            to_exit(stopped)?;
+        }
     }
 }
 
