@@ -436,7 +436,7 @@ impl Home {
             return;
         };
         for waiter in process.waiters.drain(..) {
-            let _ = waiter.send(Ok(report.clone()));
+            let _ = waiter.done.send(Ok(report.clone()));
         }
         // It came home on its own before it could go to the other node.
         let next = process

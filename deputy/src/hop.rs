@@ -11,7 +11,7 @@ use shim::faults::{self, Point};
 
 use crate::home::Home;
 use crate::outward::{HAS_ENDED, Wish};
-use crate::process::{Away, Mode, send};
+use crate::process::{Away, Mode, Waiter, send};
 use crate::road::{self, Waiting};
 use crate::shared::Command;
 
@@ -216,14 +216,9 @@ impl Home {
             self.shared.held.settle(pid);
             self.shared.objects.forget(pid);
             self.shared.coming.forget(pid);
-        } else if process
-            .hop
-            .as_ref()
-            .is_none_or(|hop| hop.attempt != failed.attempt)
-        {
-            // It is over already, and those who wait now wait for another move.
-            return Ok(());
         }
+        // Otherwise those who wait now may wait for another move.
+        let of_it = |attempt: u64| failed.stood || attempt == failed.attempt;
         let stays = if shim::process::is_dying(pid) {
             HAS_ENDED.into()
         } else {
@@ -233,11 +228,20 @@ impl Home {
                 failed.phase
             )
         };
-        let Some(hop) = process.hop.take() else {
-            for waiter in process.waiters.drain(..) {
-                let _ = waiter.send(Err(stays.clone()));
+        let Some(hop) = process.hop.take_if(|hop| of_it(hop.attempt)) else {
+            let (over, others) = (process.waiters.drain(..)).partition(|waiter| of_it(waiter.attempt));
+            let over: Vec<Waiter> = over;
+            process.waiters = others;
+            let mut ends = failed.stood;
+            for waiter in over {
+                ends = true;
+                let _ = waiter.done.send(Err(stays.clone()));
             }
-            if let Some(next) = process.next.take() {
+            // What is to follow waits for the process to come home, too.
+            if ends
+                && process.waiters.is_empty()
+                && let Some(next) = process.next.take()
+            {
                 next.fail(stays);
             }
             return Ok(());

@@ -96,7 +96,7 @@ impl Home {
         // A move that was asked for is made with the new program.
         for waiter in process.waiters.drain(..) {
             process.target = None;
-            let _ = waiter.send(Ok(MoveReport::default()));
+            let _ = waiter.done.send(Ok(MoveReport::default()));
         }
         let asked = [
             process.next.take(),

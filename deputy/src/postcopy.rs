@@ -309,7 +309,7 @@ impl Home {
             End::Lost(why) => {
                 let why = lost_words(pid, "home", &why);
                 for waiter in process.waiters.drain(..) {
-                    let _ = waiter.send(Err(why.clone()));
+                    let _ = waiter.done.send(Err(why.clone()));
                 }
             }
         }

@@ -236,11 +236,19 @@ pub struct Process {
     /// Relative sleeps of its threads at home, which begin anew when they go on.
     pub sleeps: Vec<(i32, Sleep)>,
     /// Who waits for it to come home.
-    pub waiters: Vec<Done>,
+    pub waiters: Vec<Waiter>,
     /// It is at home, but some of its memory is still coming.
     pub pager: Option<Arc<Pager>>,
     /// Who is to be told what when it has come.
-    pub came: Option<(Vec<Done>, wire::MoveReport)>,
+    pub came: Option<(Vec<Waiter>, wire::MoveReport)>,
+}
+
+/// Who waits for a process to come home.
+pub struct Waiter {
+    /// The attempt that was begun for it ([`wire::Bring::attempt`]).
+    pub attempt: u64,
+    /// Told what came of it.
+    pub done: Done,
 }
 
 impl Process {
@@ -343,7 +351,7 @@ impl Process {
                 None => Ok(crate::postcopy::ended_before(report)),
             };
             for waiter in waiters {
-                let _ = waiter.send(outcome.clone());
+                let _ = waiter.done.send(outcome.clone());
             }
         }
         if let Some((wish, report)) = self.arriving.take() {
@@ -371,7 +379,7 @@ impl Process {
             hop.fail(self.pid, why.to_string());
         }
         for waiter in self.waiters.drain(..) {
-            let _ = waiter.send(Err(why.to_string()));
+            let _ = waiter.done.send(Err(why.to_string()));
         }
     }
 

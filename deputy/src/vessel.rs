@@ -16,7 +16,7 @@ use crate::calls::{self, Worker};
 use crate::home::Home;
 use crate::launch::Namer;
 use crate::outward::{Done, reason_of};
-use crate::process::{Away, Cloning, Mode, Process, Role, Task, send};
+use crate::process::{Away, Cloning, Mode, Process, Role, Task, Waiter, send};
 use crate::signals;
 
 /// A vessel, and the signals that were pending for single threads of its process.
@@ -565,19 +565,20 @@ impl Home {
                 let _ = done.send(Err(why));
             }
             Mode::Away(away) => {
+                let attempt = crate::shared::next_id();
                 send(
                     &away.link,
                     pid,
                     Kind::Bring,
                     &wire::encode(&wire::Bring {
                         pid,
-                        attempt: crate::shared::next_id(),
+                        attempt,
                         reason,
                         mode,
                         postcopy: mode.is_lazy() || crate::postcopy::possible_here().is_ok(),
                     }),
                 );
-                process.waiters.push(done);
+                process.waiters.push(Waiter { attempt, done });
             }
         }
         Ok(())

@@ -174,6 +174,13 @@ fn the_source_has_no_memory() {
         faults.try_out(
             to,
             2,
+            "source-seize memory",
+            Left::There,
+            &["stays at node 2", "no memory"],
+        );
+        faults.try_out(
+            to,
+            2,
             "source-dump memory",
             Left::There,
             &["stays at node 2", "no memory"],
