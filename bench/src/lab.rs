@@ -21,6 +21,8 @@ struct Setting {
     title: &'static str,
     /// Options of `lab up`.
     options: &'static [&'static str],
+    /// What is measured there; `None`: everything.
+    only: Option<&'static str>,
     /// Put in front of it: what a lab's processes inherit.
     before: &'static [&'static str],
 }
@@ -29,21 +31,38 @@ const FREE: Setting = Setting {
     name: "free",
     title: "both processors",
     options: &[],
+    only: None,
     before: &[],
 };
 
-const SETTINGS: [Setting; 3] = [
+const SETTINGS: [Setting; 5] = [
     FREE,
     Setting {
         name: "one-core",
         title: "all on one processor",
         options: &[],
+        only: Some("call"),
         before: &["taskset", "-c", "0"],
     },
     Setting {
         name: "far",
         title: "a link with 250 us each way",
         options: &["--delay-us", "250"],
+        only: Some("call"),
+        before: &[],
+    },
+    Setting {
+        name: "jumbo",
+        title: "both processors, packets of 9000 bytes",
+        options: &["--mtu", "9000"],
+        only: Some("whole"),
+        before: &[],
+    },
+    Setting {
+        name: "gigabit",
+        title: "both processors, links of 1 Gbit/s",
+        options: &["--rate", "1gbit"],
+        only: Some("whole"),
         before: &[],
     },
 ];
@@ -134,10 +153,9 @@ pub fn run(chosen: &[&str]) -> anyhow::Result<()> {
     }
     ensure!(build.status()?.success(), "the programs do not build");
     for setting in &SETTINGS {
-        // Only for calls it matters where the ends are.
         let here: Vec<_> = chosen
             .iter()
-            .filter(|c| **c == "call" || setting.name == FREE.name)
+            .filter(|c| setting.only.is_none_or(|only| only == **c))
             .collect();
         if here.is_empty() {
             continue;

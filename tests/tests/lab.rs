@@ -226,14 +226,15 @@ fn what_a_node_sees() {
 const PING: &str = r"
 import socket, sys, time
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-s.settimeout(2)
+s.setsockopt(socket.IPPROTO_IP, 10, 2) # IP_MTU_DISCOVER, IP_PMTUDISC_DO: no fragments
 times, lost = [], 0
 for i in range(int(sys.argv[2])):
     start = time.monotonic()
-    s.sendto(b'%d' % i, (sys.argv[1], 4711))
+    text = (b'%d ' % i).ljust(int(sys.argv[4]), b'.')
+    s.sendto(text, (sys.argv[1], 4711))
     s.settimeout(float(sys.argv[3]))
     try:
-        while s.recv(100) != b'%d' % i: pass
+        while s.recv(65536) != text: pass
         times.append(time.monotonic() - start)
     except socket.timeout: lost += 1
 times.sort()
@@ -245,12 +246,17 @@ s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 s.bind(('', 4711))
 print('ready', flush=True)
 while True:
-    data, who = s.recvfrom(2000)
+    data, who = s.recvfrom(65536)
     s.sendto(data, who)
 ";
 
 /// Round trips from node 1 to node 2: how many were lost, and the median in microseconds.
 fn ping(lab: &Lab, count: u32, patience_s: f64) -> (u32, u64) {
+    ping_with(lab, count, patience_s, 0)
+}
+
+/// The same with so many bytes, which are not to be sent in pieces.
+fn ping_with(lab: &Lab, count: u32, patience_s: f64, bytes: u32) -> (u32, u64) {
     let mut server = lab
         .exec_with(2, &["--machine-files"])
         .args(["python3", "-c", ECHO])
@@ -271,6 +277,7 @@ fn ping(lab: &Lab, count: u32, patience_s: f64) -> (u32, u64) {
         "10.77.0.2",
         &count.to_string(),
         &patience_s.to_string(),
+        &bytes.to_string(),
     ];
     let output = stdout(&lab.exec(1).args(words).output().unwrap());
     nix::sys::signal::kill(
@@ -304,6 +311,16 @@ fn links_with_delay_and_loss() {
     let (lost, _) = ping(&lab, 200, 0.05);
     // Each of two ways loses a fifth: 36 in 100.
     assert!((40..110).contains(&lost), "{lost} of 200");
+}
+
+#[test]
+fn links_with_large_packets() {
+    or_skip!(program("python3"));
+    for more in [&[][..], &["--delay-us", "10"]] {
+        let options = ["--nodes", "2", "--mtu", "9000"];
+        let lab = or_skip!(Lab::with(&[&options, more].concat()));
+        assert_eq!(ping_with(&lab, 3, 5.0, 8900).0, 0);
+    }
 }
 
 #[test]

@@ -26,13 +26,20 @@ const STARTS: usize = 25;
 const PING_BYTES: usize = 64;
 
 /// Measures one of the things that there are.
-pub fn run(what: &str, _setting: &str) -> anyhow::Result<()> {
+pub fn run(what: &str, setting: &str) -> anyhow::Result<()> {
     match what {
         "call" => call(),
         "cpu" => cpu(),
         "home" => home(),
         "freeze" => moves::freeze(),
-        "whole" => moves::whole(),
+        "whole" => {
+            moves::whole()?;
+            // How much is sent does not depend on the link.
+            match setting {
+                "free" => moves::again(),
+                _ => Ok(()),
+            }
+        }
         "slow" => moves::slow(),
         "start" => start(),
         _ => bail!("nothing is called {what}"),

@@ -157,7 +157,7 @@ fn freezes(mib: u64, rate: &str, rounds: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A whole move beside a TCP connection and CRIU, and what a second one sends.
+/// A whole move beside a TCP connection and CRIU.
 pub fn whole() -> anyhow::Result<()> {
     let [mut tcp, mut criu, mut there] = [const { Vec::new() }; 3];
     let peer = Criu::find();
@@ -183,11 +183,11 @@ pub fn whole() -> anyhow::Result<()> {
             median(&tcp),
         );
     }
-    again()
+    Ok(())
 }
 
 /// What is sent for the memory of a program that has been at a node, and for that of another one that has the same.
-fn again() -> anyhow::Result<()> {
+pub fn again() -> anyhow::Result<()> {
     let [mut first, mut second] = [const { Vec::new() }; 2];
     for _ in 0..3 {
         let mut mover = Mover::start(AGAIN_MIB, "0")?;

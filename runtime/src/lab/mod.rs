@@ -136,6 +136,9 @@ struct Shape {
     /// What each node can send in a second: 10mbit, 1gbit
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     rate: Option<u64>,
+    /// Largest packet on the links, in bytes (9000: jumbo frames)
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1280..=9216))]
+    mtu: Option<u32>,
     /// Seed that decides which frames get lost
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -198,6 +201,7 @@ impl Shape {
             delay_us: self.delay_us,
             loss: self.loss,
             rate_bits: self.rate,
+            mtu_bytes: self.mtu,
             seed: self.seed,
             user: self.user.as_deref().map(User::find).transpose()?.flatten(),
             daemons: !self.bare,

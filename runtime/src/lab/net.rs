@@ -76,25 +76,31 @@ link set hub up
 ";
 
 /// In the hub: a cable from the bridge to node `node`, whose first process is `pid` there.
-pub fn cable(node: u32, pid: i32) -> String {
+pub fn cable(node: u32, pid: i32, mtu_bytes: Option<u32>) -> String {
+    let mtu = mtu(mtu_bytes);
     format!(
         "link add node{node} type veth peer name {INTERFACE} netns {pid}
-link set node{node} addrgenmode none master hub
+link set node{node} {mtu} addrgenmode none master hub
 link set node{node} up
 "
     )
 }
 
 /// In a node: its interface gets its address.
-pub fn node_up(node: u32) -> String {
-    let address = address(node);
+pub fn node_up(node: u32, mtu_bytes: Option<u32>) -> String {
+    let (address, mtu) = (address(node), mtu(mtu_bytes));
     format!(
         "link set lo up
-link set {INTERFACE} addrgenmode none
+link set {INTERFACE} {mtu} addrgenmode none
 address add {address}/24 dev {INTERFACE}
 link set {INTERFACE} up
 "
     )
+}
+
+/// Words of `ip link set`.
+fn mtu(bytes: Option<u32>) -> String {
+    bytes.map(|bytes| format!("mtu {bytes}")).unwrap_or_default()
 }
 
 fn find(tool: &str) -> Option<PathBuf> {

@@ -31,6 +31,9 @@ pub struct Options {
     pub loss: f64,
     /// Bits per second that each node can send, if limited.
     pub rate_bits: Option<u64>,
+    /// The largest packet on the links, in bytes, if not as usual.
+    #[serde(default)]
+    pub mtu_bytes: Option<u32>,
     /// Seed of the losses.
     pub seed: u64,
     /// Whom the daemons and commands run as, if not root.

@@ -167,7 +167,7 @@ impl Builder<'_> {
         let mut hub = self.hub(&options)?;
         for node in &self.record.nodes {
             let network = Network::of(node.keeper.pid)?;
-            network.ip(&net::node_up(node.number))?;
+            network.ip(&net::node_up(node.number, options.mtu_bytes))?;
             if let Some(bits) = options.rate_bits {
                 network.limit(bits)?;
             }
@@ -220,7 +220,7 @@ impl Builder<'_> {
             hub.plan(&Plan::Bridge)?;
             let cables: String = (1..)
                 .zip(pids())
-                .map(|(number, pid)| net::cable(number, pid))
+                .map(|(number, pid)| net::cable(number, pid, options.mtu_bytes))
                 .collect();
             Network::of(hub.keeper.pid)?.ip(&format!("{}{cables}", net::BRIDGE_UP))?;
         }
