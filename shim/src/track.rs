@@ -2,13 +2,19 @@
 //!
 //! A userfaultfd that is made in the process and taken out of it (pidfd_getfd(2)) has its memory write-protected; the kernel
 //! itself lifts the protection of a page that is written (UFFD_FEATURE_WP_ASYNC, Linux 6.7), so that nobody waits for anybody,
-//! and PAGEMAP_SCAN tells and protects anew. Memory that is mapped later is taken in when it is looked at next.
+//! and PAGEMAP_SCAN tells and protects anew.
+//!
+//! Only what the process has when it is looked at first is watched. All of what it maps later counts as changed each time, and so does an
+//! area to which another one is moved with mremap(2), which the kernel gives up (mm/mremap.c, mremap_userfaultfd_prep). To take such an area
+//! in while the process runs is not safe: its pages keep marks that mean nothing any more, and look unchanged whatever is written to
+//! them; and where it is another area by then it is cut in two, so that an mremap(2) of the program fails.
 
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use linklayer::choice::{self, Round};
@@ -41,6 +47,8 @@ pub struct Tracker {
     pid: i32,
     uffd: OwnedFd,
     pagemap: File,
+    /// It has been looked at.
+    watches: AtomicBool,
 }
 
 impl Tracker {
@@ -72,7 +80,12 @@ impl Tracker {
             ))));
         }
         let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-        Ok(Tracker { pid, uffd, pagemap })
+        Ok(Tracker {
+            pid,
+            uffd,
+            pagemap,
+            watches: AtomicBool::new(false),
+        })
     }
 
     /// What has changed since the last time, in the order of addresses: only pages that cannot be had from files.
@@ -88,6 +101,7 @@ impl Tracker {
     /// # Errors
     /// The process is gone.
     pub fn round_of(&self, lines: &[MapLine]) -> io::Result<Vec<Range<u64>>> {
+        let begins = !self.watches.swap(true, Ordering::AcqRel);
         let mut runs = Vec::new();
         let mut start = lines.first().map_or(LAST, |line| line.range.start);
         for together in lines.chunk_by(|a, b| watched(a) == watched(b)) {
@@ -95,32 +109,37 @@ impl Tracker {
             if watched(&together[0]) {
                 let next = lines.partition_point(|line| line.range.start < last);
                 let end = lines.get(next).map_or(LAST, |line| line.range.start.min(LAST));
-                self.changed(together, &(start..end), &mut runs)?;
+                let all = start..end;
+                self.changed(together, begins.then_some(&all), &mut runs)?;
             }
             start = last;
         }
         Ok(runs)
     }
 
-    /// What has changed in areas between which there are only gaps; `all` is what lies between their neighbours.
-    fn changed(&self, lines: &[MapLine], all: &Range<u64>, runs: &mut Vec<Range<u64>>) -> io::Result<()> {
+    /// What has changed in areas between which there are only gaps. They are watched from now on with `all`, which is what lies between
+    /// their neighbours.
+    fn changed(
+        &self,
+        lines: &[MapLine],
+        all: Option<&Range<u64>>,
+        runs: &mut Vec<Range<u64>>,
+    ) -> io::Result<()> {
         let private_file = |line: &MapLine| line.ino != 0;
         let mut looks = Vec::with_capacity(lines.len());
         for line in lines {
             looks.push(scan_written(&self.pagemap, &line.range, private_file(line))?);
         }
-        let unwatched = looks.iter().any(|look| matches!(look, Found::Unwatched));
-        // All at once and with the gaps: an area that grows meanwhile must not be cut in two where it ended, of which the program would
-        // know by an mremap(2) that fails.
-        let whole = unwatched && self.register(all).is_ok();
+        // All at once and with the gaps: an area that grows meanwhile must not be cut in two where it ended.
+        let whole = all.is_some_and(|all| self.register(all).is_ok());
         for (line, look) in lines.iter().zip(looks) {
             match look {
                 Found::Runs(more) => runs.extend(more),
                 // Part of it may have been watched before something else was mapped into it. What the look had found there until it
                 // failed is protected already, and nobody was told of it: everything counts as changed.
                 Found::Unwatched => {
-                    // What has been given up meanwhile, or cannot be watched, is tried again next time.
-                    if whole || self.register(&line.range).is_ok() {
+                    // What cannot be watched counts as changed each time.
+                    if whole || (all.is_some() && self.register(&line.range).is_ok()) {
                         for run in page_runs_of(self.pid, &line.range, private_file(line))? {
                             let _ = self.protect(&run, WRITEPROTECT_MODE_WP);
                         }
@@ -129,15 +148,14 @@ impl Tracker {
                 }
             }
         }
-        if whole {
-            self.mistrust(lines, all)?;
+        match all {
+            Some(all) if whole => self.mistrust(lines, all),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
-    /// Areas have been taken in together, and perhaps others than those that were looked at. An area into which another one is moved with
-    /// mremap(2), and that becomes one with it, is given up by the kernel, and its pages keep marks that mean nothing any more
-    /// (mm/mremap.c, mremap_userfaultfd_prep): what is another one by now counts as changed when it is looked at next.
+    /// Areas have been taken in together, and perhaps others than those that were looked at, with marks of an earlier tracker: what is
+    /// another one by now counts as changed when it is looked at next.
     fn mistrust(&self, lines: &[MapLine], all: &Range<u64>) -> io::Result<()> {
         let looked: HashSet<&Range<u64>> = lines.iter().map(|line| &line.range).collect();
         for line in map_lines(self.pid, false)? {
