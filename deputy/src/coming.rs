@@ -199,6 +199,12 @@ impl OwnLink {
                     .put(&piece, pages::most_kept_bytes())
                     .map_err(|e| e.to_string())
             }
+            // All frames before this one have been taken up.
+            Kind::InPlace => {
+                let link = link.clone();
+                ReplyTo { link, lane, header }.errno(0);
+                Ok(())
+            }
             Kind::Present => {
                 let present: wire::Present = wire::decode(payload).map_err(|e| e.to_string())?;
                 let mut all = self.shared.coming.kept.lock();

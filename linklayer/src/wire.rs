@@ -128,6 +128,9 @@ pub enum Kind {
     /// Supervisor to deputy: the memory of a process that is going to come home comes on a link of its own ([`Coming`]); answer
     /// [`Errno`] (0: home has connected).
     Coming = 53,
+    /// Supervisor to deputy, on such a link: what was sent while the process ran is to be where it belongs (empty body) before its
+    /// [`Homecoming`] comes, by another link; answer [`Errno`].
+    InPlace = 63,
     /// Supervisor to deputy, on such a link: all memory has been sent (empty body); answer [`Errno`] (0: it is in the vessel).
     PagesEnd = 54,
     /// To a supervisor, on the link of a process that is going to come, before its pages: the files and the memory that it has so far
@@ -179,7 +182,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_u16(n: u16) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 55] = [
+        const ALL: [Kind; 56] = [
             Call,
             Clone,
             Exec,
@@ -220,6 +223,7 @@ impl Kind {
             Moved,
             Progress,
             Coming,
+            InPlace,
             PagesEnd,
             Prefetch,
             Later,

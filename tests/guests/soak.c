@@ -233,7 +233,10 @@ static void *sleeper(void *unused) {
         }
         before = now();
         /* milliseconds are rounded, and clocks of nodes differ by less than a round trip */
-        CHECK(before - begun >= 0.0125 && before - begun < 30);
+        double took = before - begun;
+        if (took < 0.0125 || took >= 30)
+            fprintf(stderr, "wait %ld of the sleeper took %f s\n", turns[SLEEPER] % 8, took);
+        CHECK(took >= 0.0125 && took < 30);
     }
     return unused;
 }

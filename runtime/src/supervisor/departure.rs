@@ -217,6 +217,11 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
             if early && let Err(why) = precopy(&shared, &mut departure, mode, postcopy) {
                 departure.not_while_it_ran(&why);
             }
+            // What is still on its way must not come while home gives the vessel the layout that the process has then: of an area
+            // that is made anew home takes along what it has.
+            if early && let Err(e) = departure.link.ask(pid, Kind::InPlace, &[]) {
+                tracing::debug!(pid, error = %e, "its pages are not all at home");
+            }
             departure.since = Instant::now();
             shared.post(Command::Depart(Box::new(departure)));
         }
