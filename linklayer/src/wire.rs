@@ -680,7 +680,7 @@ mod tests {
             }
         }
         assert!(Kind::from_u16(0).is_none());
-        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 55);
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 56);
     }
 
     #[test]
