@@ -105,6 +105,8 @@ fn the_terminal_is_the_commands() {
     terminal.send("tty; stty size\n");
     terminal.expect("/dev/pts/");
     terminal.expect("24 80");
+    // Before its prompt the shell sets the size that it has read (readline, set_winsize).
+    terminal.expect("$ ");
     terminal.resize(30, 100);
     terminal.send("stty size\n");
     terminal.expect("30 100");
