@@ -27,16 +27,14 @@ struct Setting {
     before: &'static [&'static str],
 }
 
-const FREE: Setting = Setting {
-    name: "free",
-    title: "both processors",
-    options: &[],
-    only: None,
-    before: &[],
-};
-
 const SETTINGS: [Setting; 5] = [
-    FREE,
+    Setting {
+        name: "free",
+        title: "both processors",
+        options: &[],
+        only: None,
+        before: &[],
+    },
     Setting {
         name: "one-core",
         title: "all on one processor",

@@ -18,6 +18,7 @@ use shim::capture::SharedObjects;
 use shim::memory::ProcessMemory;
 use shim::ptrace::{self, Options, Status, Stopped, Target, wait, wait_stop};
 use shim::restore::{Backing, Rebuilt, Shell, rebuild};
+use shim::track::Tracker;
 use surgery::{Captured, Guest, THREADS, capture, compile, run_to_end, stop_all};
 
 fn cage() -> Cage {
@@ -516,6 +517,20 @@ const REMAPS: &str = r#"
         return 42;
     }"#;
 
+/// Begins to watch the memory of a guest that runs.
+fn watch(pid: i32) -> Tracker {
+    let mut threads = stop_all(pid);
+    let tracker = Tracker::begin(&mut threads[0], 0).unwrap();
+    go(threads);
+    tracker
+}
+
+/// Has a guest go on to where it says that it is done.
+fn next(guest: &mut Guest) {
+    std::io::Write::write_all(guest.stdin.as_mut().unwrap(), b"\n").unwrap();
+    assert_eq!(guest.line(), "done");
+}
+
 /// Memory that is watched is not forgotten when something else is mapped into it while it is looked at.
 #[test]
 fn what_has_changed_is_told_though_the_areas_are_others_by_now() {
@@ -524,9 +539,7 @@ fn what_has_changed_is_told_though_the_areas_are_others_by_now() {
     let (mut guest, stopped) = Guest::start(&program, &[]);
     stopped.cont(0).unwrap();
     assert_eq!(guest.line(), "ready");
-    let mut threads = stop_all(guest.pid);
-    let tracker = shim::track::Tracker::begin(&mut threads[0], 0).unwrap();
-    go(threads);
+    let tracker = watch(guest.pid);
     let base = 0x2000_0000_0000;
     let told =
         |runs: &[std::ops::Range<u64>], page: u64| runs.iter().any(|r| r.contains(&(base + page * 4096)));
@@ -535,8 +548,7 @@ fn what_has_changed_is_told_though_the_areas_are_others_by_now() {
     let lines = shim::capture::map_lines(guest.pid, false).unwrap();
     let still = tracker.round_of(&lines).unwrap();
     assert!(!(0..30).any(|page| told(&still, page)), "{still:x?}");
-    std::io::Write::write_all(guest.stdin.as_mut().unwrap(), b"\n").unwrap();
-    assert_eq!(guest.line(), "done");
+    next(&mut guest);
     let changed = tracker.round_of(&lines).unwrap();
     assert!((0..5).all(|page| told(&changed, page)), "{changed:x?}");
     assert!(told(&changed, 12) && !told(&changed, 11), "{changed:x?}");
@@ -576,7 +588,7 @@ const JOINS: &str = r#"
     }"#;
 
 /// The pages of the program's area that it tells of.
-fn pages_told(tracker: &shim::track::Tracker) -> Vec<u64> {
+fn pages_told(tracker: &Tracker) -> Vec<u64> {
     let runs = tracker.round().unwrap();
     let page = |number: &u64| {
         runs.iter()
@@ -593,30 +605,21 @@ fn what_has_changed_is_told_though_areas_were_joined() {
     let (mut guest, stopped) = Guest::start(&program, &[]);
     stopped.cont(0).unwrap();
     assert_eq!(guest.line(), "done");
-    let mut threads = stop_all(guest.pid);
-    let tracker = shim::track::Tracker::begin(&mut threads[0], 0).unwrap();
-    go(threads);
+    let tracker = watch(guest.pid);
     let told = || pages_told(&tracker);
-    let mut next = || {
-        std::io::Write::write_all(guest.stdin.as_mut().unwrap(), b"\n").unwrap();
-        assert_eq!(guest.line(), "done");
-    };
     let all: Vec<u64> = (0..8).collect();
     assert_eq!(told(), [0, 1, 2, 3, 20, 21, 22, 23]);
     assert_eq!(told(), []);
-    next();
+    next(&mut guest);
     assert_eq!(told(), all);
     assert_eq!(told(), all);
     drop(tracker);
     // What is marked from then means nothing to the next one.
-    let mut threads = stop_all(guest.pid);
-    let tracker = shim::track::Tracker::begin(&mut threads[0], 0).unwrap();
-    go(threads);
+    let tracker = watch(guest.pid);
     let told = || pages_told(&tracker);
     assert_eq!(told(), all);
     assert_eq!(told(), []);
-    std::io::Write::write_all(guest.stdin.as_mut().unwrap(), b"\n").unwrap();
-    assert_eq!(guest.line(), "done");
+    next(&mut guest);
     assert_eq!(told(), [0, 2]);
     assert_eq!(told(), []);
     drop(tracker);
