@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use crate::clone_rewrite::RESTARTNOINTR;
 use crate::memory::ProcessMemory;
 use crate::ptrace::{PtraceError, Stop, Stopped};
 use crate::restore::{ARGUMENTS_LEN, SCRATCH};
@@ -179,6 +180,17 @@ impl RemoteCalls {
     /// # Errors
     /// The thread ended, or cannot be traced.
     pub fn raw(&mut self, nr: i64, args: [u64; 6]) -> Result<i64, RemoteCallError> {
+        loop {
+            // A clone does nothing while a stop is owed, as by the SIGCONT of another process (kernel/fork.c, copy_process). We see it
+            // before the kernel makes the call again.
+            match self.once(nr, args)? {
+                RESTARTNOINTR => continue,
+                ret => return Ok(ret),
+            }
+        }
+    }
+
+    fn once(&mut self, nr: i64, args: [u64; 6]) -> Result<i64, RemoteCallError> {
         let mut regs = self.regs;
         regs.set_call(nr as u64, self.with_key(nr, args));
         regs.rip = self.site;

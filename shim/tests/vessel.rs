@@ -335,6 +335,40 @@ fn what_was_prepared_can_be_undone() {
 }
 
 #[test]
+fn a_thread_is_made_in_a_process_that_is_continued_meanwhile() {
+    let (_dir, mut guest, mut threads) = threaded();
+    let pid = guest.pid;
+    let arena = Arena::new().unwrap();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                send(pid, Signal::SIGCONT);
+            }
+        });
+        for _ in 0..100 {
+            let prepared = Vessel::prepare(std::mem::take(&mut threads), &arena);
+            threads = match prepared {
+                Ok(prepared) => prepared.undo(),
+                Err((whole, e)) => {
+                    over.store(true, std::sync::atomic::Ordering::Relaxed);
+                    panic!("{} threads: {e}", whole.len())
+                }
+            };
+            assert_eq!(threads.len(), 5);
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    for thread in threads {
+        thread.cont(0).unwrap();
+    }
+    send(pid, Signal::SIGUSR1);
+    let status = run_to_end(pid);
+    assert!(matches!(status, Status::Exited(42)), "{status:?}");
+    assert_eq!(guest.output(), "done\n");
+}
+
+#[test]
 fn a_process_with_threads_comes_home() {
     for round in 0..3 {
         let (_dir, mut guest, mut threads) = threaded();
@@ -452,8 +486,12 @@ fn what_is_pending_comes_home_once() {
     for (address, bytes) in &captured.pages {
         memory.write_forced(*address, bytes).unwrap();
     }
-    // One that comes for it meanwhile.
+    // One that comes for it meanwhile, and that its catcher has just left to others.
+    shim::ptrace::interrupt(vessel.catcher()).unwrap();
+    let mut catcher = shim::ptrace::wait_stop(vessel.catcher()).unwrap();
+    catcher.set_sigmask(1 << (libc::SIGRTMIN() - 1)).unwrap();
     queue(4);
+    catcher.cont(0).unwrap();
     let homebound = vessel.gather(&image, &mut image.pending.clone()).unwrap();
     for thread in homebound.finish(true).unwrap() {
         thread.cont(0).unwrap();

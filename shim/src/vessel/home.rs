@@ -517,13 +517,15 @@ fn stop(tid: i32, caught: &mut Vec<SigInfo>) -> Result<Stopped, VesselError> {
 fn end_catcher(tid: i32, all: bool, caught: &mut Vec<SigInfo>) -> Result<(), VesselError> {
     ptrace::interrupt(tid)?;
     loop {
-        let Ok(stopped) = ptrace::wait_stop(tid) else {
+        let Ok(mut stopped) = ptrace::wait_stop(tid) else {
             return Ok(());
         };
         if let Stop::Signal(_) = stopped.stop() {
             caught.push(stopped.siginfo()?);
         }
         if all && !stopped.first_pending(PendingQueue::Process)?.is_empty() {
+            // Also what it left to a worker in a call on a terminal.
+            stopped.set_sigmask(0)?;
             stopped.cont(0)?;
         } else {
             to_exit(stopped)?;
