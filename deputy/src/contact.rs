@@ -138,6 +138,7 @@ impl Contact {
                 });
             }
             Kind::KeepBack => shared.post(Command::KeepBack(reply, body::<wire::Pid>(&payload)?.0)),
+            Kind::WorksOn => shared.post(Command::WorksOn(reply, body(&payload)?)),
             Kind::Settled => shared.post(Command::Settled(body(&payload)?)),
             Kind::Moved => shared.post(Command::Moved(reply, self.node, Box::new(body(&payload)?))),
             Kind::Progress => {

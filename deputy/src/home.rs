@@ -352,6 +352,9 @@ impl Home {
         self.shared.objects.forget(pid);
         self.memory_returned(pid);
         self.shared.catchers.write().remove(&pid);
+        for process in self.processes.values_mut() {
+            process.works_on.retain(|other| *other != pid);
+        }
     }
 
     pub(crate) fn publish(&self, pid: i32) {
@@ -386,6 +389,7 @@ impl Home {
             Command::Track(pid, attempt, done) => self.track(pid, attempt, done),
             Command::HopReady(pid, attempt, ready) => self.hop_ready(pid, attempt, ready),
             Command::Moved(reply, from, moved) => self.moved(reply, from, *moved),
+            Command::WorksOn(reply, body) => self.works_on(&reply, body),
             Command::KeepBack(reply, pid) => self.keep_back(reply, pid),
             Command::Empty(pid, catcher, done) => self.drop_pages(pid, catcher, done),
             Command::Room(pid, areas, done) => self.make_room(pid, areas, done),

@@ -92,6 +92,7 @@ impl Home {
                 *action = Default::default();
             }
         }
+        process.works_on.clear();
         process.target = self.shared.cluster.choose();
         // A move that was asked for is made with the new program.
         for waiter in process.waiters.drain(..) {
@@ -109,8 +110,14 @@ impl Home {
                 earlier.fail(format!("process {pid} is moved elsewhere"));
             }
         }
+        let worked_on = self.works_with(pid);
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Ok(());
+        };
         if process.target.is_some() {
-            match movable(pid, &stopped)
+            match worked_on
+                .map_or(Ok(()), Err)
+                .and_then(|()| movable(pid, &stopped))
                 .and_then(|()| Breakpoint::set(pid).map_err(|e| StayReason::NoNode(format!("{e:#}"))))
             {
                 Ok(breakpoint) => process.breakpoint = Some(breakpoint),

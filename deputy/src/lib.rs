@@ -14,6 +14,7 @@ mod homeward;
 mod hop;
 mod kept;
 mod launch;
+mod others;
 mod outward;
 mod postcopy;
 mod process;

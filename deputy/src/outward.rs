@@ -137,6 +137,10 @@ impl Leaving {
 impl Home {
     /// Moves a process to a node.
     pub(crate) fn send_out(&mut self, pid: i32, wish: Wish) -> anyhow::Result<()> {
+        if let Some(reason) = self.works_with(pid) {
+            wish.refuse(pid, &reason);
+            return Ok(());
+        }
         let Some(process) = self.processes.get_mut(&pid) else {
             wish.fail(format!("process {pid} is not one of this job"));
             return Ok(());

@@ -235,6 +235,8 @@ pub struct Process {
     pub carried: Vec<linklayer::image::SigInfo>,
     /// Relative sleeps of its threads at home, which begin anew when they go on.
     pub sleeps: Vec<(i32, Sleep)>,
+    /// The processes on whose memory its program has worked, and may work again without being seen.
+    pub works_on: Vec<i32>,
     /// Who waits for it to come home.
     pub waiters: Vec<Waiter>,
     /// It is at home, but some of its memory is still coming.
@@ -279,6 +281,7 @@ impl Process {
             stopping: None,
             carried: Vec::new(),
             sleeps: Vec::new(),
+            works_on: Vec::new(),
             waiters: Vec::new(),
             pager: None,
             came: None,

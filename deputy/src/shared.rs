@@ -100,6 +100,8 @@ pub enum Command {
     Moved(ReplyTo, u32, Box<wire::Moved>),
     /// A guest stands still so as to move.
     KeepBack(ReplyTo, i32),
+    /// A process is about to work on the memory of another one.
+    WorksOn(ReplyTo, wire::WorksOn),
     /// Stop a process where it is, or let it go on.
     Freeze(i32, bool, Sender<Result<(), String>>),
     /// Let all processes of the job go, and end; the answer tells when that is done, or why it is not.

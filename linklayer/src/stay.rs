@@ -35,6 +35,12 @@ pub enum StayReason {
     /// It has the whole memory of another process.
     #[error("has the memory of process {0} (CLONE_VM)")]
     OneMemory(i32),
+    /// It works on the memory of another process.
+    #[error("works on the memory of process {0}")]
+    WorksOn(i32),
+    /// Another process works on its memory.
+    #[error("process {0} works on its memory")]
+    WorkedOn(i32),
     /// It maps a device.
     #[error("maps a device")]
     DeviceMapping,
@@ -114,6 +120,8 @@ impl StayReason {
             SharedMemory,
             Stranger(1),
             OneMemory(1),
+            WorksOn(1),
+            WorkedOn(1),
             DeviceMapping,
             IoUring,
             Userfaultfd,
@@ -148,6 +156,8 @@ impl StayReason {
             SharedMemory => "shared-memory",
             Stranger(_) => "stranger",
             OneMemory(_) => "one-memory",
+            WorksOn(_) => "works-on",
+            WorkedOn(_) => "worked-on",
             DeviceMapping => "device-mapping",
             IoUring => "io-uring",
             Userfaultfd => "userfaultfd",
@@ -199,6 +209,14 @@ impl StayReason {
             OneMemory(_) => {
                 "Two processes have one address space without being threads of one process (clone(2) with CLONE_VM). They stay until \
                  one of them executes a program or ends."
+            }
+            WorksOn(_) => {
+                "It has read or changed the memory of another process of its job (process_vm_readv(2), /proc/PID/mem), or opened its \
+                 own so. It can do that again without being seen, so it stays until it executes another program."
+            }
+            WorkedOn(_) => {
+                "Another process of its job has read or changed its memory and can do so again: it stays at home until that one ends or \
+                 executes another program."
             }
             DeviceMapping => {
                 "It maps memory of a device, or counters of the kernel (perf_event_open(2)): that device is at home."

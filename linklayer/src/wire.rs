@@ -169,6 +169,9 @@ pub enum Kind {
     WouldStop = 61,
     /// Supervisor to deputy: the guest takes a stop signal that it had blocked ([`Stop`]).
     Stops = 62,
+    /// Supervisor to deputy: a process is about to work on the memory of another one ([`WorksOn`]); answer [`IsHome`]. Both
+    /// stay at home from then on, and the other one is brought there.
+    WorksOn = 64,
     /// Supervisor to deputy: what do home's clocks show (empty body); answer [`Clocks`](crate::image::Clocks).
     Clock = 43,
     /// Deputy to supervisor: a process that comes shares memory with others that come ([`Share`]); before its [`Launch`].
@@ -182,7 +185,7 @@ impl Kind {
     /// The kind with this number.
     pub fn from_u16(n: u16) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 56] = [
+        const ALL: [Kind; 57] = [
             Call,
             Clone,
             Exec,
@@ -232,6 +235,7 @@ impl Kind {
             SourceLost,
             Settled,
             WouldStop,
+            WorksOn,
             Stops,
             KnownPages,
             Known,
@@ -389,6 +393,28 @@ pub struct Stop {
     /// Signal number.
     pub signal: i32,
 }
+
+/// A process and the one on whose memory it works.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct WorksOn {
+    /// Process.
+    pub pid: i32,
+    /// The other one.
+    pub other: Named,
+}
+
+/// How a process names another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum Named {
+    /// By the id of one of its threads.
+    Thread(i32),
+    /// By a descriptor of it (pidfd_open(2)).
+    Descriptor(i32),
+}
+
+/// Whether a process is at home now, or is none of the job.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct IsHome(pub bool);
 
 /// Whether it would: one of the guest's threads does not block the signal.
 #[derive(Clone, Copy, Debug, Encode, Decode)]
@@ -680,7 +706,7 @@ mod tests {
             }
         }
         assert!(Kind::from_u16(0).is_none());
-        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 56);
+        assert_eq!((0..200u16).filter(|n| Kind::from_u16(*n).is_some()).count(), 57);
     }
 
     #[test]

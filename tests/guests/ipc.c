@@ -1,4 +1,4 @@
-/* System V IPC, POSIX queues, pidfds, eventfds, memory of another process. */
+/* System V IPC, POSIX queues, pidfds, eventfds. */
 #include "guest.h"
 #include <mqueue.h>
 #include <sys/eventfd.h>
@@ -94,26 +94,6 @@ int main(void) {
     FAILS(syscall(SYS_pidfd_open, 0x3fffff, 0), ESRCH);
     say("pidfd\n");
 
-    /* the memory of a child */
-    volatile int secret = 1234;
-    int gate[2];
-    CHECK(pipe(gate) == 0);
-    if ((pid = fork()) == 0) {
-        secret = 5678;
-        give(gate[1]);
-        pause();
-        _exit(0);
-    }
-    take(gate[0]);
-    int copy = 0;
-    struct iovec here = {&copy, sizeof copy}, there = {(void *)&secret, sizeof secret};
-    ssize_t n = process_vm_readv(pid, &here, 1, &there, 1, 0);
-    say("read of a child: %zd %d\n", n, copy);
-    kill(pid, SIGKILL);
-    dies_of(pid, SIGKILL);
-    FAILS(process_vm_readv(pid, &here, 1, &there, 1, 0), ESRCH);
-    EQ(process_vm_readv(getpid(), &here, 1, &there, 1, 0), sizeof copy);
-    EQ(copy, 1234);
     int ev = eventfd(0, EFD_SEMAPHORE);
     uint64_t v = 3;
     EQ(write(ev, &v, 8), 8);

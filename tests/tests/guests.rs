@@ -34,7 +34,7 @@ macro_rules! guests {
 }
 
 guests! {
-    big_transfers, borrowed_memory, clocks, clone3, efault, exec_forms, exec_signals, fds, files, fork_wait, ipc, locks, long_paths, many_fds, mapped_files, memory, pipes,
+    big_transfers, borrowed_memory, clocks, clone3, efault, exec_forms, exec_signals, fds, files, fork_wait, ipc, locks, long_paths, many_fds, mapped_files, memory, other_memory, pipes,
     pollers, prctls, proc_self, pty, restart, rlimits, robust, sessions, shared_memory, sigchld, signals, sigwait, spawn, stack, stop_blocked, storms, tcp,
     tempmask, thread_ends, threads, timer_threads, timers, tree, tty_jobs, unix_sockets, vfork,
 }
@@ -48,7 +48,8 @@ macro_rules! moved {
 }
 
 // Not those that see that a call in progress is interrupted by a move and made again (README, limits): `big_transfers` (how much a
-// pipe has taken), `locks` (who has waited first), `timers` (how often one has expired that waits); and not `restart`, which takes
+// pipe has taken), `locks` (who has waited first), `timers` (how often one has expired that waits); not `other_memory`, which may be
+// brought home before it is seen to work on the memory of another process that is away (README, limits); and not `restart`, which takes
 // a minute.
 moved! {
     borrowed_memory, clocks, clone3, efault, exec_forms, exec_signals, fds, files, fork_wait, ipc, long_paths, many_fds, mapped_files, memory, pipes,

@@ -89,6 +89,53 @@ fn a_process_with_threads_goes_everywhere() {
     assert_eq!(job.wait(), End::Code(7));
 }
 
+/// A process that reads the memory of its child whenever it gets a line.
+const PEEKS: &str = "
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+class Iovec(ctypes.Structure):
+    _fields_ = [('at', ctypes.c_void_p), ('len', ctypes.c_size_t)]
+value, copy = ctypes.c_int(1), ctypes.c_int(2)
+here, there = Iovec(ctypes.addressof(copy), 4), Iovec(ctypes.addressof(value), 4)
+gate, told = os.pipe()
+child = os.fork()
+if child == 0:
+    value.value = 5678
+    os.write(told, b'x')
+    while True:
+        signal.pause()
+os.read(gate, 1)
+print(os.getpid(), child, sep='\\n', flush=True)
+while sys.stdin.readline():
+    got = libc.process_vm_readv(child, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+    print(got, copy.value, flush=True)
+os.kill(child, signal.SIGKILL)
+os._exit(os.WTERMSIG(os.waitpid(child, 0)[1]))
+";
+
+#[test]
+fn who_works_on_the_memory_of_another_stays_at_home_with_it() {
+    or_skip!(program("python3"));
+    let lab = or_skip!(Lab::shared());
+    let mut job = Running::start(&lab, How::Away(2), ["python3", "-c", PEEKS]);
+    let (pid, child) = (job.number(), job.number());
+    assert_eq!((node_of(&lab, pid), node_of(&lab, child)), (2, 2));
+    for _ in 0..2 {
+        job.write("\n");
+        assert_eq!(job.line(), "4 5678");
+        for (which, why) in [
+            (pid, format!("works on the memory of process {child}")),
+            (child, format!("process {pid} works on its memory")),
+        ] {
+            assert_eq!(node_of(&lab, which), 0);
+            let output = mosmigrate(&lab, &[&which.to_string(), "3"]);
+            assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+            assert!(text(&output).contains(&why), "{}", text(&output));
+        }
+    }
+    assert_eq!(job.wait(), End::Code(9));
+}
+
 #[test]
 fn what_cannot_move_says_why_and_goes_on() {
     or_skip!(program("python3"));

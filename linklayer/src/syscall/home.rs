@@ -50,11 +50,13 @@ pub enum HomeReason {
     Opaque = 22,
     /// A personality that changes how memory is mapped.
     Personality = 23,
+    /// Reads or changes the memory of another process, which has to be at home, too.
+    OtherMemory = 24,
 }
 
 impl HomeReason {
     /// Every reason, in the order of their numbers.
-    pub const ALL: [HomeReason; 23] = {
+    pub const ALL: [HomeReason; 24] = {
         use HomeReason::*;
         [
             UnknownCall,
@@ -80,6 +82,7 @@ impl HomeReason {
             PartialBuffer,
             Opaque,
             Personality,
+            OtherMemory,
         ]
     };
 
@@ -114,6 +117,7 @@ impl HomeReason {
             HomeReason::PartialBuffer => "buffer only partly accessible",
             HomeReason::Opaque => "data with pointers inside",
             HomeReason::Personality => "personality",
+            HomeReason::OtherMemory => "works on the memory of another process",
         }
     }
 }

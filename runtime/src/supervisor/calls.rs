@@ -3,15 +3,15 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use linklayer::frame::Header;
 use linklayer::stay::StayReason;
 use linklayer::syscall::{
-    self, CacheClass, CallRequest, Disposition, GatherError, Gathered, Reply, Row, SplitKind, Step,
-    TerminalUse, Transfer,
+    self, CacheClass, CallRequest, Disposition, GatherError, Gathered, HomeReason, Reply, Row, Scalar,
+    SplitKind, Step, TerminalUse, Transfer,
 };
-use linklayer::wire::{self, Kind};
+use linklayer::wire::{self, IsHome, Kind, Named, WorksOn};
 use shim::notify::{Notification, NotifyError};
 
 use super::guest::{Forwarded, InCall, SignalStatus, Thread, Wait};
@@ -96,6 +96,17 @@ impl Call<'_> {
         match call.disposition {
             Disposition::Forward => self.forward_cached(row),
             Disposition::Local => Outcome::Continue,
+            Disposition::GoHome(reason @ HomeReason::OtherMemory) => {
+                let first = self.args[0] as i32;
+                match row.args.first().map(|arg| arg.kind) {
+                    Some(syscall::Kind::Val(Scalar::Fd)) => self.works_on(Named::Descriptor(first), row.name),
+                    // Its own is wherever it is.
+                    _ if first == self.thread.guest.pid => {
+                        Outcome::GoHome(format!("{}: {}", row.name, reason.text()))
+                    }
+                    _ => self.works_on(Named::Thread(first), row.name),
+                }
+            }
             Disposition::GoHome(reason) => Outcome::GoHome(format!("{}: {}", row.name, reason.text())),
             Disposition::Split(kind) => self.split(row, kind),
         }
@@ -121,6 +132,28 @@ impl Call<'_> {
         }
         *self.thread.call.lock() = InCall::Idle;
         guest.listener.send_result(self.notification, ret)
+    }
+
+    /// Goes home for a call that works on the memory of another process, which is to be there first.
+    pub(super) fn works_on(&self, other: Named, what: &str) -> Outcome {
+        const PAUSE: Duration = Duration::from_millis(5);
+        let guest = &self.thread.guest;
+        let body = wire::encode(&WorksOn {
+            pid: guest.pid,
+            other,
+        });
+        while !self.shared.refuse_homeward.load(Ordering::Acquire) {
+            match self.ask::<IsHome>(Kind::WorksOn, &body) {
+                Ok(IsHome(true)) => break,
+                Ok(IsHome(false)) => std::thread::sleep(PAUSE),
+                Err(outcome) => return outcome,
+            }
+            if guest.freezing.load(Ordering::Acquire) {
+                // It moves itself, perhaps with the other one: the call is made again where it is then.
+                return Outcome::Value(RESTARTNOINTR);
+            }
+        }
+        Outcome::GoHome(format!("{what}: {}", HomeReason::OtherMemory.text()))
     }
 
     /// Leaves the call unanswered: the tracer stops the guest, and the call is made again at home.

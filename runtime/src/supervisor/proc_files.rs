@@ -4,7 +4,7 @@
 //! that the descriptor is one of the process as all others are.
 
 use linklayer::syscall::Row;
-use linklayer::wire::{self, Kind};
+use linklayer::wire::{self, Kind, Named};
 
 use super::calls::{Call, Outcome};
 
@@ -18,8 +18,8 @@ enum Special {
     Status,
     Stat,
     Statm,
-    /// The guest's memory itself.
-    Memory,
+    /// The memory itself of this process.
+    Memory(i32),
     /// A file of this node.
     Node,
 }
@@ -48,8 +48,8 @@ pub(super) fn open(call: &Call, row: &'static Row) -> Result<Outcome, Outcome> {
     ) else {
         return Ok(call.forward(row));
     };
-    if special == Special::Memory {
-        return Ok(Outcome::GoHome(format!("{path} is the process's memory")));
+    if let Special::Memory(of) = special {
+        return Ok(call.works_on(Named::Thread(of), path));
     }
     if flags & libc::O_ACCMODE != libc::O_RDONLY {
         return Ok(call.forward(row));
@@ -66,7 +66,7 @@ pub(super) fn open(call: &Call, row: &'static Row) -> Result<Outcome, Outcome> {
             local("status").and_then(|here| Ok(merge_status(&home_file(call, path)?, &here, ended)))
         }
         Special::Stat => local("stat").and_then(|here| Ok(merge_stat(&home_file(call, path)?, &here, ended))),
-        Special::Node | Special::Memory => std::fs::read_to_string(path),
+        Special::Node | Special::Memory(_) => std::fs::read_to_string(path),
     };
     let Ok(content) = content else {
         return Ok(call.forward(row));
@@ -99,7 +99,15 @@ fn special(path: &str, pid: i32, topology_of_home: bool) -> Option<Special> {
         return (!topology_of_home).then_some(Special::Node);
     }
     let (who, file) = rest.split_once('/')?;
-    if !matches!(who, "self" | "thread-self") && who.parse() != Ok(pid) {
+    let whose = match who {
+        "self" | "thread-self" => pid,
+        number => number.parse().ok()?,
+    };
+    let of_a_thread = file.strip_prefix("task/").and_then(|rest| rest.split_once('/'));
+    if matches!(of_a_thread.map_or(file, |(_, file)| file), "mem" | "pagemap") {
+        return Some(Special::Memory(whose));
+    }
+    if whose != pid {
         return None;
     }
     match file {
@@ -109,7 +117,6 @@ fn special(path: &str, pid: i32, topology_of_home: bool) -> Option<Special> {
         "status" => Some(Special::Status),
         "stat" => Some(Special::Stat),
         "statm" => Some(Special::Statm),
-        "mem" | "pagemap" => Some(Special::Memory),
         _ => None,
     }
 }
@@ -239,7 +246,14 @@ mod tests {
         assert_eq!(special("/proc/7/status", 7, false), Some(Special::Status));
         assert_eq!(special("/proc/8/status", 7, false), None);
         assert_eq!(special("/proc/self/fd", 7, false), None);
-        assert_eq!(special("/proc/self/mem", 7, false), Some(Special::Memory));
+        assert_eq!(special("/proc/self/mem", 7, false), Some(Special::Memory(7)));
+        assert_eq!(special("/proc/7/task/9/mem", 7, false), Some(Special::Memory(7)));
+        assert_eq!(special("/proc/8/mem", 7, false), Some(Special::Memory(8)));
+        assert_eq!(
+            special("/proc/8/task/9/pagemap", 7, false),
+            Some(Special::Memory(8))
+        );
+        assert_eq!(special("/proc/8/memory", 7, false), None);
         assert_eq!(
             special("/sys/devices/system/cpu/online", 7, false),
             Some(Special::Node)

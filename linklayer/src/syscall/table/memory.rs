@@ -29,20 +29,20 @@ define_rows! {
     237 mbind(addr: ADDR, length: SIZE, mode: SIZE, nodemask: ADDR, maxnode: SIZE, flags: UINT) Local, note: NUMA_NOTE;
     238 set_mempolicy(mode: INT, nodemask: ADDR, maxnode: SIZE) Local, note: NUMA_NOTE;
     239 get_mempolicy(mode: ADDR, nodemask: ADDR, maxnode: SIZE, addr: ADDR, flags: SIZE) Local, note: NUMA_NOTE;
-    256 migrate_pages(pid: PID, maxnode: SIZE, old: ADDR, new: ADDR) GoHome(HomeReason::OtherProcess),
+    256 migrate_pages(pid: PID, maxnode: SIZE, old: ADDR, new: ADDR) GoHome(HomeReason::OtherMemory),
         rules: &[Rule { when: &[is(0, 0)], then: Local }], note: NUMA_NOTE;
-    279 move_pages(pid: PID, count: SIZE, pages: ADDR, nodes: ADDR, status: ADDR, flags: INT) GoHome(HomeReason::OtherProcess),
+    279 move_pages(pid: PID, count: SIZE, pages: ADDR, nodes: ADDR, status: ADDR, flags: INT) GoHome(HomeReason::OtherMemory),
         rules: &[Rule { when: &[is(0, 0)], then: Local }], note: NUMA_NOTE;
-    310 process_vm_readv(pid: PID, local_iov: ADDR, liovcnt: SIZE, remote_iov: ADDR, riovcnt: SIZE, flags: SIZE) GoHome(HomeReason::OtherProcess);
-    311 process_vm_writev(pid: PID, local_iov: ADDR, liovcnt: SIZE, remote_iov: ADDR, riovcnt: SIZE, flags: SIZE) GoHome(HomeReason::OtherProcess);
+    310 process_vm_readv(pid: PID, local_iov: ADDR, liovcnt: SIZE, remote_iov: ADDR, riovcnt: SIZE, flags: SIZE) GoHome(HomeReason::OtherMemory);
+    311 process_vm_writev(pid: PID, local_iov: ADDR, liovcnt: SIZE, remote_iov: ADDR, riovcnt: SIZE, flags: SIZE) GoHome(HomeReason::OtherMemory);
     323 userfaultfd(flags: INT) GoHome(HomeReason::UserFault);
     325 mlock2(addr: ADDR, length: SIZE, flags: INT) Local, note: LOCK_NOTE;
     329 pkey_mprotect(addr: ADDR, length: SIZE, prot: FLAGS, pkey: INT) Local, note: "Away there is no key but that of everybody.";
     330 pkey_alloc(flags: UINT, access_rights: UINT) GoHome(HomeReason::Hardware), note: "A process that has protection keys stays at home.";
     331 pkey_free(pkey: INT) Local;
-    440 process_madvise(pidfd: FD, vec: ADDR, vlen: SIZE, advice: INT, flags: UINT) GoHome(HomeReason::OtherProcess);
+    440 process_madvise(pidfd: FD, vec: ADDR, vlen: SIZE, advice: INT, flags: UINT) GoHome(HomeReason::OtherMemory);
     447 memfd_secret(flags: UINT) GoHome(HomeReason::LockedMemory);
-    448 process_mrelease(pidfd: FD, flags: UINT) GoHome(HomeReason::OtherProcess);
+    448 process_mrelease(pidfd: FD, flags: UINT) GoHome(HomeReason::OtherMemory);
     450 set_mempolicy_home_node(start: ADDR, length: SIZE, home_node: SIZE, flags: SIZE) Local, note: NUMA_NOTE;
     453 map_shadow_stack(addr: ADDR, size: SIZE, flags: UINT) GoHome(HomeReason::Hardware);
     462 mseal(start: ADDR, length: SIZE, flags: SIZE) Local;
