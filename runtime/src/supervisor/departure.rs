@@ -26,10 +26,13 @@ use shim::faults::{self, Point};
 
 /// How long home may take from being told of the link to its first packet.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Why a guest does not leave that has ended, or has left already.
+const NOT_HERE: &str = "it is not here any more";
 
 /// A guest that is to leave, and what was made ready for it.
 pub(super) struct Departure {
     pid: i32,
+    guest: Arc<Guest>,
     /// As [`wire::MoveFailed`] has it.
     attempt: u64,
     /// Why it goes home, if it does not go to another node.
@@ -100,7 +103,7 @@ pub(super) fn failed(shared: &Shared, pid: i32, failure: Failure, attempt: Optio
 fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure> {
     let pid = order.pid;
     let guest = shared.guests.read().get(&pid).cloned();
-    let guest = guest.ok_or_else(|| Failure::new(Phase::Seize, "it is not here any more"))?;
+    let guest = guest.ok_or_else(|| Failure::new(Phase::Seize, NOT_HERE))?;
     await_memory(&guest)?;
     if let Some(why) = shares_memory(shared, &guest) {
         return Err(Failure::new(Phase::Reach, why));
@@ -122,7 +125,7 @@ fn make_ready(shared: &Arc<Shared>, order: &MoveTo) -> Result<Departure, Failure
         Options::of_process(),
     )
     .map_err(reach)?;
-    let mut departure = Departure::new((pid, order.attempt), None, (link, source), order.mode);
+    let mut departure = Departure::new(guest.clone(), order.attempt, None, (link, source), order.mode);
     let early = order.mode.wants_precopy(resident_bytes(guest.memory.pid()));
     announce(shared, &guest, &departure, early || !order.mode.is_lazy());
     learn_known(&departure.link, pid, &order.place, &mut departure.writer);
@@ -178,9 +181,10 @@ fn announce(shared: &Shared, guest: &Guest, departure: &Departure, memory: bool)
 /// Home wants a guest back. One with little memory is stopped at once and sent on the contact; for another, home connects to a
 /// link of its own first.
 pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
-    let guest = shared.guests.read().get(&bring.pid).cloned();
-    let pager = guest.as_ref().and_then(|g| g.memory.pager());
-    if let Some(pager) = pager.cloned() {
+    let Some(guest) = shared.guests.read().get(&bring.pid).cloned() else {
+        return failed(shared, bring.pid, Failure::new(Phase::Seize, NOT_HERE), Some(bring.attempt));
+    };
+    if let Some(pager) = guest.memory.pager().cloned() {
         let starter = shared.starter.clone();
         let shared = shared.clone();
         starter.start("departure", move || {
@@ -198,7 +202,7 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
         mode,
         postcopy,
     } = bring;
-    let size_bytes = guest.map_or(0, |g| resident_bytes(g.memory.pid()));
+    let size_bytes = resident_bytes(guest.memory.pid());
     tracing::debug!(pid, ?mode, ?reason, size_bytes, "is to come home");
     if size_bytes <= LARGE_BYTES && matches!(mode, Mode::Auto | Mode::Freeze) {
         shared.post(Command::GoHome(pid, reason));
@@ -209,10 +213,10 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
     let early = mode.wants_precopy(size_bytes);
     starter.start("departure", move || match link_to_home(&shared, pid, early) {
         Ok(link) => {
-            let mut departure = Departure::new((pid, attempt), Some(reason), link, mode);
+            let mut departure = Departure::new(guest, attempt, Some(reason), link, mode);
             departure.early = early;
             if early {
-                announce_memory(&shared, &departure);
+                announce_memory(&departure);
             }
             if early && let Err(why) = precopy(&shared, &mut departure, mode, postcopy) {
                 departure.not_while_it_ran(&why);
@@ -233,14 +237,11 @@ pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
 }
 
 /// Tells home which memory the guest has, so that its vessel has room for its pages when they come.
-fn announce_memory(shared: &Shared, departure: &Departure) {
+fn announce_memory(departure: &Departure) {
     let pid = departure.pid;
-    let guest = shared.guests.read().get(&pid).cloned();
     let body = wire::encode(&wire::Prefetch {
         files: Vec::new(),
-        areas: guest
-            .map(|guest| shim::capture::private_memory(guest.memory.pid()))
-            .unwrap_or_default(),
+        areas: shim::capture::private_memory(departure.guest.memory.pid()),
         hostname: Vec::new(),
     });
     if let Err(e) = departure.link.ask(pid, Kind::Prefetch, &body) {
@@ -276,13 +277,15 @@ fn link_to_home(
 
 impl Departure {
     fn new(
-        (pid, attempt): (i32, u64),
+        guest: Arc<Guest>,
+        attempt: u64,
         home: Option<StayReason>,
         (link, source): (Link, Arc<SourceLink>),
         mode: Mode,
     ) -> Departure {
         Departure {
-            pid,
+            pid: guest.pid,
+            guest,
             attempt,
             home,
             link,
@@ -337,7 +340,7 @@ fn precopy(
     let pid = departure.pid;
     faults::at(Point::SourcePrecopy, pid)?;
     let (done, tracked) = crossbeam_channel::bounded(1);
-    shared.post(Command::Track(pid, done));
+    shared.post(Command::Track(departure.guest.clone(), done));
     let tracker = tracked.recv().map_err(|e| e.to_string())??;
     let link = &departure.link;
     let rounds = tracker
@@ -371,8 +374,8 @@ impl Tracer {
     pub(super) fn depart(&mut self, departure: Departure) -> anyhow::Result<()> {
         let (pid, attempt) = (departure.pid, departure.attempt);
         let refuse = |why: &str| failed(&self.shared, pid, Failure::new(Phase::Seize, why), Some(attempt));
-        if !self.shared.guests.read().contains_key(&pid) {
-            refuse("it is not here any more");
+        if !self.is_here(&departure.guest) {
+            refuse(NOT_HERE);
             return Ok(());
         }
         if let Err(why) = faults::at(Point::SourceSeize, pid) {
@@ -401,11 +404,12 @@ impl Tracer {
     /// A guest's memory is to be watched: all its threads are stopped for a moment.
     pub(super) fn track(
         &mut self,
-        pid: i32,
+        guest: &Arc<Guest>,
         done: crossbeam_channel::Sender<Result<Tracker, String>>,
     ) -> anyhow::Result<()> {
+        let pid = guest.pid;
         let held = self.holds.get(&pid).is_some_and(Hold::captures);
-        if held || !self.shared.guests.read().contains_key(&pid) {
+        if held || !self.is_here(guest) {
             let _ = done.send(Err("it moves already, or has ended".into()));
             return Ok(());
         }
@@ -443,12 +447,12 @@ impl Tracer {
         {
             // Those who share memory move together, which is home's business.
             let why = "it shares memory".to_string();
-            return self.departed(pid, Err(Failure::new(Phase::Reach, why)));
+            return self.departed(guest, Err(Failure::new(Phase::Reach, why)));
         }
         let begun = Instant::now();
         let launch = match self.describe_departure(guest) {
             Ok(launch) => launch,
-            Err(failure) => return self.departed(pid, Err(failure)),
+            Err(failure) => return self.departed(guest, Err(failure)),
         };
         departure.report.times.dump_us = begun.elapsed().as_micros() as u64;
         let (shared, guest) = (self.shared.clone(), guest.clone());
@@ -458,7 +462,7 @@ impl Tracer {
                     push(&pusher, &departure.link);
                 }
             });
-            shared.post(Command::Departed(pid, guest.outer, result));
+            shared.post(Command::Departed(guest, result));
             departure.link.close();
         });
         Ok(())
@@ -498,12 +502,15 @@ impl Tracer {
     }
 
     /// The guest runs at the other node now, or it goes on here.
-    pub(super) fn departed(&mut self, pid: i32, result: Result<(), Failure>) -> anyhow::Result<()> {
+    pub(super) fn departed(&mut self, guest: &Arc<Guest>, result: Result<(), Failure>) -> anyhow::Result<()> {
+        let pid = guest.pid;
+        if !self.is_here(guest) {
+            return Ok(());
+        }
         match result {
             Ok(()) => {
                 let _ = faults::at(Point::SourceAfter, pid);
-                let guest = self.shared.guests.read().get(&pid).cloned();
-                guest.map_or(Ok(()), |guest| self.forget_guest(&guest))
+                self.forget_guest(guest)
             }
             Err(failure) => {
                 failed(&self.shared, pid, failure, None);

@@ -57,9 +57,6 @@ impl Tracer {
 
     /// Goes on with a group when everybody in it stands still.
     pub(super) fn group_held(&mut self, first: i32) -> anyhow::Result<()> {
-        if self.homing.contains_key(&first) {
-            return Ok(());
-        }
         let members: Vec<Arc<Guest>> = {
             let guests = self.shared.guests.read();
             self.group(first)
@@ -68,7 +65,7 @@ impl Tracer {
                 .collect()
         };
         let ready = |guest: &Arc<Guest>| self.stands_still(guest) && guest.memory.pager().is_none();
-        if members.is_empty() || !members.iter().all(ready) {
+        if members.is_empty() || !members.iter().all(ready) || self.is_homing(&members) {
             return Ok(());
         }
         let pids: Vec<i32> = members.iter().map(|guest| guest.pid).collect();
@@ -96,18 +93,27 @@ impl Tracer {
             ..Times::default()
         };
         let begun = Instant::now();
-        match self.capture_group(&members) {
+        let captured = self.capture_group(&members);
+        let number = self.next_homing;
+        self.next_homing += 1;
+        match captured {
             Ok(captured) => {
                 times.dump_us = begun.elapsed().as_micros() as u64;
-                self.homing.insert(first, pids);
-                transfer::start(&self.shared, first, captured, times);
+                transfer::start(&self.shared, number, (captured, members.clone()), times);
+                self.homing.insert(number, members);
                 Ok(())
             }
             Err(e) => {
-                self.homing.insert(first, pids);
-                self.went_home(first, Err(Failure::new(Phase::Dump, format!("{e:#}"))))
+                self.homing.insert(number, members);
+                self.went_home(number, Err(Failure::new(Phase::Dump, format!("{e:#}"))))
             }
         }
+    }
+
+    /// Whether one of these guests, and not an earlier one of its pid, is on its way home.
+    fn is_homing(&self, guests: &[Arc<Guest>]) -> bool {
+        let mut on_the_way = self.homing.values().flatten();
+        on_the_way.any(|one| guests.iter().any(|guest| Arc::ptr_eq(guest, one)))
     }
 
     fn group(&self, group: i32) -> Vec<i32> {
@@ -297,12 +303,14 @@ impl Tracer {
     }
 
     /// Home runs a group now, or it goes on here.
-    pub(super) fn went_home(&mut self, first: i32, result: Result<(), Failure>) -> anyhow::Result<()> {
-        let members = self.homing.remove(&first).unwrap_or_default();
-        for pid in members {
-            let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
+    pub(super) fn went_home(&mut self, number: u64, result: Result<(), Failure>) -> anyhow::Result<()> {
+        let members = self.homing.remove(&number).unwrap_or_default();
+        for guest in members {
+            let pid = guest.pid;
+            if !self.is_here(&guest) {
+                // It has ended; its process may have executed a program at home and be back with that already.
                 continue;
-            };
+            }
             match &result {
                 Ok(()) => {
                     let _ = faults::at(Point::SourceAfter, pid);

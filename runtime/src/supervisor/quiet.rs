@@ -11,8 +11,8 @@ use super::tracer::Tracer;
 /// What home was asked about a guest that stands still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Quiet {
-    /// It was asked and has not answered.
-    Asked,
+    /// It was asked, with this number, and has not answered.
+    Asked(u64),
     /// It keeps everything back.
     Kept,
 }
@@ -25,9 +25,11 @@ impl Tracer {
         for pid in pids {
             match self.quiet.get(pid) {
                 Some(Quiet::Kept) => continue,
-                Some(Quiet::Asked) => {}
+                Some(Quiet::Asked(_)) => {}
                 None => {
-                    self.quiet.insert(*pid, Quiet::Asked);
+                    let number = self.next_quiet;
+                    self.next_quiet += 1;
+                    self.quiet.insert(*pid, Quiet::Asked(number));
                     let (shared, pid) = (self.shared.clone(), *pid);
                     self.shared.starter.start("quiet", move || {
                         let body = wire::encode(&wire::Pid(pid));
@@ -36,7 +38,7 @@ impl Tracer {
                             .ok()
                             .and_then(|answer| wire::decode(&answer).ok())
                             .is_some_and(|wire::Errno(errno)| errno == 0);
-                        shared.post(Command::Quiet(pid, kept));
+                        shared.post(Command::Quiet(pid, number, kept));
                     });
                 }
             }
@@ -46,11 +48,12 @@ impl Tracer {
     }
 
     /// Home answered.
-    pub(super) fn home_keeps_back(&mut self, pid: i32, kept: bool) -> anyhow::Result<()> {
-        if self.quiet.remove(&pid).is_none() {
-            // It goes on already.
+    pub(super) fn home_keeps_back(&mut self, pid: i32, number: u64, kept: bool) -> anyhow::Result<()> {
+        if self.quiet.get(&pid) != Some(&Quiet::Asked(number)) {
+            // It goes on already, and may have been stopped again; or it is another guest.
             return Ok(());
         }
+        self.quiet.remove(&pid);
         if !kept {
             // The process ends at home at this moment, and its guest is going to be discarded.
             return Ok(());

@@ -63,15 +63,15 @@ pub enum Command {
     /// Send a guest home.
     GoHome(i32, StayReason),
     /// Home has taken over (or not) a group that was sent.
-    WentHome(i32, Result<(), super::departure::Failure>),
+    WentHome(u64, Result<(), super::departure::Failure>),
     /// Everything is ready for a guest to go to another node.
     Depart(Box<super::departure::Departure>),
-    /// It runs there now, or it does not leave; the second number is its pid as seen here.
-    Departed(i32, i32, Result<(), super::departure::Failure>),
+    /// It runs there now, or it does not leave.
+    Departed(Arc<Guest>, Result<(), super::departure::Failure>),
     /// Watch the memory of a guest.
-    Track(i32, Sender<Result<shim::track::Tracker, String>>),
+    Track(Arc<Guest>, Sender<Result<shim::track::Tracker, String>>),
     /// Home keeps back what arrives for a guest, or there is nothing any more to be kept back for.
-    Quiet(i32, bool),
+    Quiet(i32, u64, bool),
     /// A guest that ran before its memory had come has all of it, or has ended.
     Settled,
     /// Everything ends.

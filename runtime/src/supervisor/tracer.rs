@@ -138,8 +138,12 @@ pub struct Tracer {
     pub(super) holds: HashMap<i32, Hold>,
     /// Guests whose vessels are stopped by job control, whatever else holds them.
     pub(super) frozen: HashSet<i32>,
-    /// Groups that are on their way home, by their first process.
-    pub(super) homing: HashMap<i32, Vec<i32>>,
+    /// Groups that are on their way home, by number.
+    pub(super) homing: HashMap<u64, Vec<Arc<Guest>>>,
+    /// Number of the next one.
+    pub(super) next_homing: u64,
+    /// Number of the next request to keep back what arrives.
+    pub(super) next_quiet: u64,
     /// When it began that a group (by its first process) is stopped.
     pub(super) since: HashMap<i32, Instant>,
     /// Guests that leave for another node.
@@ -191,6 +195,8 @@ impl Tracer {
             holds: HashMap::new(),
             frozen: HashSet::new(),
             homing: HashMap::new(),
+            next_homing: 0,
+            next_quiet: 0,
             since: HashMap::new(),
             departures: HashMap::new(),
             tracking: HashMap::new(),
@@ -310,13 +316,11 @@ impl Tracer {
             Command::Thaw(pid) => self.thaw(pid),
             Command::Discard(pid) => self.discard(pid),
             Command::GoHome(pid, reason) => self.hold(pid, Hold::Home { first: pid, reason }),
-            Command::WentHome(first, result) => self.went_home(first, result),
+            Command::WentHome(number, result) => self.went_home(number, result),
             Command::Depart(departure) => self.depart(*departure),
-            Command::Departed(pid, outer, result) if self.is_still(pid, outer) => self.departed(pid, result),
-            // Another guest with this pid by now.
-            Command::Departed(..) => Ok(()),
-            Command::Track(pid, done) => self.track(pid, done),
-            Command::Quiet(pid, kept) => self.home_keeps_back(pid, kept),
+            Command::Departed(guest, result) => self.departed(&guest, result),
+            Command::Track(guest, done) => self.track(&guest, done),
+            Command::Quiet(pid, number, kept) => self.home_keeps_back(pid, number, kept),
             Command::Settled => self.settled(),
             Command::End(_) => Ok(()),
         }
@@ -471,13 +475,11 @@ impl Tracer {
         Ok(())
     }
 
-    /// Whether a guest is the one that this node knew by this pid.
-    fn is_still(&self, pid: i32, outer: i32) -> bool {
-        self.shared
-            .guests
-            .read()
-            .get(&pid)
-            .is_some_and(|g| g.outer == outer)
+    /// Whether a guest has not ended. There may be another one with its pid: a process that has executed another program, or has gone
+    /// and come back.
+    pub(super) fn is_here(&self, guest: &Arc<Guest>) -> bool {
+        let guests = self.shared.guests.read();
+        guests.get(&guest.pid).is_some_and(|one| Arc::ptr_eq(one, guest))
     }
 
     /// Stops all threads of a guest.

@@ -17,6 +17,7 @@ use shim::postcopy::Pusher;
 use shim::track::Tracker;
 
 use super::departure::{self, Departure, Failure, Parts};
+use super::guest::Guest;
 use super::held;
 use super::shared::{Command, Shared};
 use shim::faults::{self, Point};
@@ -35,20 +36,30 @@ pub(super) struct Member {
     pub(super) own: Option<Departure>,
 }
 
-/// Sends a group home on a thread of its own, and says so to the tracer.
-pub(super) fn start(shared: &Arc<Shared>, first: i32, members: Vec<Member>, times: Times) {
+/// Sends a group home on a thread of its own, and tells the tracer under this number what came of it.
+pub(super) fn start(
+    shared: &Arc<Shared>,
+    number: u64,
+    (members, guests): (Vec<Member>, Vec<Arc<Guest>>),
+    times: Times,
+) {
     let starter = shared.starter.clone();
     let shared = shared.clone();
     starter.start("homeward", move || {
         let result = send(&shared, members, times)
             .map_err(|e| Failure::new(Phase::Transfer, format!("{e:#}")))
-            .and_then(|(lane, group, rest)| commit(&shared, lane, group, rest));
-        shared.post(Command::WentHome(first, result));
+            .and_then(|(lane, group, rest)| commit(&shared, &guests, (lane, group), rest));
+        shared.post(Command::WentHome(number, result));
     });
 }
 
 /// Home has everything: it is to run those who are still there. Then comes what they run there without.
-fn commit(shared: &Shared, lane: i32, group: Vec<i32>, rest: Option<Rest>) -> Result<(), Failure> {
+fn commit(
+    shared: &Shared,
+    guests: &[Arc<Guest>],
+    (lane, group): (i32, Vec<i32>),
+    rest: Option<Rest>,
+) -> Result<(), Failure> {
     faults::at(Point::SourceResume, lane).map_err(|why| Failure::new(Phase::Resume, why))?;
     let cut = |rest: &Rest| !rest.link.await_live(STANDSTILL);
     if rest.as_ref().is_some_and(cut) {
@@ -62,8 +73,8 @@ fn commit(shared: &Shared, lane: i32, group: Vec<i32>, rest: Option<Rest>) -> Re
         .map_err(|e| home(&e))?;
     wire::done(&answer).map_err(|e| home(&e))?;
     if let Some(Rest { link, pusher }) = rest {
-        if let Some(guest) = shared.guests.read().get(&lane) {
-            // What is left here is no guest any more.
+        // What is left here is no guest any more.
+        for guest in guests {
             guest.leaving.store(true, Ordering::Release);
         }
         departure::push(&pusher, &link);
