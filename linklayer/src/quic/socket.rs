@@ -54,9 +54,17 @@ impl Sock {
             Type::DGRAM.cloexec(),
             Some(Protocol::UDP),
         )?;
-        // The same port for the listening socket and the connected one beside it; other users cannot join in.
-        socket.set_reuse_port(true)?;
+        // The same port for the listening socket and the connected one beside it; other users cannot join in. A port that the kernel
+        // chooses is one of its own only while sharing is not allowed yet (net/ipv4/udp.c, udp_lib_lport_inuse): another link's peer
+        // would be heard here, and this one's there.
+        let chosen = local.port() == 0;
+        if !chosen {
+            socket.set_reuse_port(true)?;
+        }
         socket.bind(&local.into())?;
+        if chosen && peer.is_none() {
+            socket.set_reuse_port(true)?;
+        }
         if let Some(peer) = peer {
             socket.connect(&peer.into())?;
         }
@@ -226,5 +234,27 @@ impl Sock {
 impl AsFd for Sock {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn a_port_that_the_kernel_chooses_is_nobody_elses() {
+        // With as many as this, two would have the same one nearly always (the usual range has 28,232).
+        const MANY: usize = 700;
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let listening: Vec<Sock> = (0..MANY).map(|_| Sock::listening(any).unwrap()).collect();
+        let ports = listening.iter().map(|sock| sock.local_addr().unwrap());
+        assert_eq!(ports.collect::<HashSet<_>>().len(), MANY);
+        // But the socket of its peer is beside it.
+        let local = listening[0].local_addr().unwrap();
+        let peer = listening[1].local_addr().unwrap();
+        let beside = Sock::accepted(local, peer).unwrap();
+        assert_eq!(beside.local_addr().unwrap(), local);
     }
 }

@@ -170,8 +170,8 @@ fn lacks(missing: Vec<(u64, u64)>) -> Vec<u8> {
 pub struct Arrivals {
     /// Those on the contact.
     on_contact: Mutex<HashMap<i32, Arriving>>,
-    /// Links of their own, with their numbers: a process may come once more before its last link is known to be over.
-    links: Mutex<HashMap<i32, (u64, Link)>>,
+    /// Links of their own, with this end of each: a process may come once more before its last link is known to be over.
+    links: Mutex<HashMap<i32, (Link, Arc<OwnLink>)>>,
     /// Those that have such a link, and whether home has said since that they do not come.
     awaited: Mutex<HashMap<i32, Arc<AtomicBool>>>,
     numbers: AtomicU64,
@@ -227,8 +227,12 @@ impl Arrivals {
         if let Some(needless) = self.awaited.lock().remove(&pid) {
             needless.store(true, Ordering::Release);
         }
-        // Dropped without waiting for the peer.
-        self.links.lock().remove(&pid);
+        let link = self.links.lock().remove(&pid);
+        if let Some((link, own)) = link {
+            own.over("it does not come");
+            // Without waiting for the peer.
+            drop(link);
+        }
     }
 
     /// Waits for a process on a link of its own.
@@ -266,9 +270,17 @@ impl Arrivals {
                 Ok(link) => {
                     let mut links = shared.arrivals.links.lock();
                     // Whoever was to send it before may have been long in coming, and be of no use any more.
-                    let latest = links.get(&pid).is_none_or(|(other, _)| *other < number);
-                    if latest && !own.coming.over.load(Ordering::Acquire) {
-                        links.insert(pid, (number, link));
+                    let latest = links.get(&pid).is_none_or(|(_, other)| other.number < number);
+                    let is_over = own.coming.over.load(Ordering::Acquire);
+                    let useless = if latest && !is_over {
+                        links.insert(pid, (link, own))
+                    } else {
+                        Some((link, own))
+                    };
+                    drop(links);
+                    if let Some((link, own)) = useless {
+                        own.over("another link of the process has come");
+                        drop(link);
                     }
                 }
                 Err(e) => tracing::debug!(pid, error = %e, "nobody came"),
@@ -382,7 +394,7 @@ impl OwnLink {
         let mut links = self.shared.arrivals.links.lock();
         if links
             .get(&self.pid)
-            .is_some_and(|(number, _)| *number == self.number)
+            .is_some_and(|(_, own)| own.number == self.number)
         {
             links.remove(&self.pid);
         }
