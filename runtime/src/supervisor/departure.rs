@@ -182,7 +182,12 @@ fn announce(shared: &Shared, guest: &Guest, departure: &Departure, memory: bool)
 /// link of its own first.
 pub(super) fn begin_home(shared: &Arc<Shared>, bring: wire::Bring) {
     let Some(guest) = shared.guests.read().get(&bring.pid).cloned() else {
-        return failed(shared, bring.pid, Failure::new(Phase::Seize, NOT_HERE), Some(bring.attempt));
+        return failed(
+            shared,
+            bring.pid,
+            Failure::new(Phase::Seize, NOT_HERE),
+            Some(bring.attempt),
+        );
     };
     if let Some(pager) = guest.memory.pager().cloned() {
         let starter = shared.starter.clone();
