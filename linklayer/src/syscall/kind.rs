@@ -55,7 +55,7 @@ pub enum SplitKind {
     Prctl,
     /// Resource limits: kept at home; those that concern memory are set here too.
     Rlimit,
-    /// CPU time: the sum of what was used at home and at every node.
+    /// CPU time: what was used at the node where it runs; of children, which end at home, what was used there.
     Times,
     /// Interval timers that count CPU time: they run here and move with the process.
     CpuTimer,

@@ -144,8 +144,12 @@ impl Transfer {
         self.steady && self.done > 0
     }
 
-    /// The call that [`Transfer::next`] gave was not made, with this restart code for a reason.
+    /// The call that [`Transfer::next`] gave was not made, with this restart code for a reason. One that must be made to its end is given
+    /// again: it was interrupted before it had begun.
     pub fn not_made(&mut self, code: i64) {
+        if self.is_steady() {
+            return;
+        }
         self.current = None;
         self.state = State::End(if self.done > 0 { self.done as i64 } else { code });
     }

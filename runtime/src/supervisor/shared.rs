@@ -292,7 +292,10 @@ impl Shared {
                 best = Some((trip_ns, there));
             }
         }
-        *known = best.map(|(_, ahead)| ahead);
+        if let Some((trip_ns, ahead)) = best {
+            tracing::debug!(trip_ns, ahead_ns = ahead.monotonic_ns, "home's clocks");
+            *known = Some(ahead);
+        }
         Ok(known.unwrap_or_default())
     }
 

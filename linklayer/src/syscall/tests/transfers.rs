@@ -307,3 +307,40 @@ fn bad_descriptors_and_buffers_that_end() {
     );
     assert_eq!(end, End::Done(2 * BODY_MAX as i64));
 }
+
+/// Writes a large body to a file of this mode; the call with this number (the first one asks what it is) is interrupted before home has begun it.
+fn interrupted(mode: u32, which: usize) -> i64 {
+    let memory = memory(&pattern(BIG));
+    let Err(GatherError::TooBig(mut transfer)) = gather(1, &[9, GUEST, BIG, 0, 0, 0], &memory) else {
+        panic!("expected a transfer")
+    };
+    for number in 0..100 {
+        let request = match transfer.next(&memory) {
+            Step::Done(ret) => return ret,
+            Step::Call(request) => request.clone(),
+            Step::GoHome(reason) => panic!("{reason:?}"),
+        };
+        if number == which {
+            transfer.not_made(-513);
+            continue;
+        }
+        let reply = answer(&request, |v| match request.nr {
+            5 => stat_reply(v, mode, 0),
+            _ => v.args[2] as i64,
+        });
+        transfer.reply(Reply::parse(&reply).unwrap(), &memory).unwrap();
+    }
+    panic!("the transfer does not end");
+}
+
+#[test]
+fn a_file_that_has_taken_a_part_takes_the_rest() {
+    for which in [0, 1] {
+        assert_eq!(interrupted(S_IFREG, which), -513);
+        assert_eq!(interrupted(S_IFIFO, which), -513);
+    }
+    for parts in [1, 2] {
+        assert_eq!(interrupted(S_IFREG, parts + 1), BIG as i64);
+        assert_eq!(interrupted(S_IFIFO, parts + 1), (parts * BODY_MAX) as i64);
+    }
+}
