@@ -68,7 +68,7 @@ impl Tracer {
         let pid = begin.pid;
         let former = self.shared.guests.read().get(&pid).cloned();
         anyhow::ensure!(
-            former.is_none_or(|guest| guest.leaving.load(Ordering::Acquire)),
+            former.is_none_or(|guest| guest.vacated.load(Ordering::Acquire)),
             "it is here"
         );
         // It was here, and its memory is being given back.

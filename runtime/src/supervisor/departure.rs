@@ -577,7 +577,6 @@ fn transfer(
         .ask(pid, pid, Kind::Moved, &wire::encode(&moved))
         .map_err(|e| home(&e))?;
     wire::done(&answer).map_err(|e| home(&e))?;
-    // What is left here is no guest any more.
-    guest.leaving.store(true, Ordering::Release);
+    guest.vacate();
     Ok(rest)
 }

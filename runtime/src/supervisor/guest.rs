@@ -49,6 +49,9 @@ pub struct Guest {
     pub identity: Mutex<LruCache<Known, i64>>,
     /// Program name of an exec in progress is about to replace it; its death is no news.
     pub leaving: AtomicBool,
+    /// Its process runs elsewhere, or is no more: what is left of it at most keeps what is still to be sent. While a program is executed,
+    /// which may fail, it is leaving and not vacated.
+    pub vacated: AtomicBool,
     /// Signals and stops that have arrived from home and are not queued for it yet.
     pub incoming: AtomicU32,
     /// What it has got of home's signals.
@@ -89,6 +92,7 @@ impl Guest {
             actions: Mutex::new(actions),
             identity: Mutex::new(LruCache::new(capacity)),
             leaving: AtomicBool::new(false),
+            vacated: AtomicBool::new(false),
             incoming: AtomicU32::new(0),
             relayed: Mutex::default(),
             overruns: Mutex::new(LruCache::new(capacity)),
@@ -96,6 +100,12 @@ impl Guest {
             setback: Mutex::new(None),
             space: SPACES.fetch_add(1, Ordering::Relaxed),
         })
+    }
+
+    /// Its process runs elsewhere, or is no more: its end is no news.
+    pub fn vacate(&self) {
+        self.leaving.store(true, Ordering::Release);
+        self.vacated.store(true, Ordering::Release);
     }
 
     /// It could not go home for a call that it will make again.

@@ -293,7 +293,7 @@ impl Tracer {
 
     /// A guest runs elsewhere now.
     pub(super) fn forget_guest(&mut self, guest: &Guest) -> anyhow::Result<()> {
-        guest.leaving.store(true, Ordering::Release);
+        guest.vacate();
         // What is left of it dies thread by thread, and must not be taken for a guest that is to be captured.
         self.holds.remove(&guest.pid);
         self.quiet.remove(&guest.pid);

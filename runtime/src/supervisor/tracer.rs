@@ -570,7 +570,7 @@ impl Tracer {
         let Some(guest) = self.shared.guests.read().get(&pid).cloned() else {
             return Ok(());
         };
-        guest.leaving.store(true, Ordering::Release);
+        guest.vacate();
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(guest.outer), Signal::SIGKILL)?;
         Ok(())
     }

@@ -73,10 +73,7 @@ fn commit(
         .map_err(|e| home(&e))?;
     wire::done(&answer).map_err(|e| home(&e))?;
     if let Some(Rest { link, pusher }) = rest {
-        // What is left here is no guest any more.
-        for guest in guests {
-            guest.leaving.store(true, Ordering::Release);
-        }
+        guests.iter().for_each(|guest| guest.vacate());
         departure::push(&pusher, &link);
     }
     Ok(())
