@@ -1,6 +1,7 @@
 /* A child that job control stops, and that is moved about while it stands. Its parent hears of one stop and one continuation, and
  * nothing else; a sleep goes on meanwhile, calls wait, and memory is as it was. */
 #include "guest.h"
+#include <sched.h>
 
 #define SECONDS 2
 
@@ -53,6 +54,8 @@ static int child(void) {
     long *memory = malloc(1 << 20);
     for (int i = 0; i < 1 << 17; i++)
         memory[i] = i * 4711L;
+    while (counted == 0)
+        sched_yield();
     double before = now();
     CHECK(kill(getpid(), SIGSTOP) == 0);
     while (continued == 0)
