@@ -199,8 +199,8 @@ fn signals_by_itself(ret: i64) -> bool {
 /// What the end of a call has to wait for.
 enum After {
     Nothing,
-    /// Signals that it may have sent to its own process.
-    Signals,
+    /// Signals that it may have sent to its own process, and to another one of the job that is away.
+    Signals(Option<i32>),
     /// A thread (first) to let a signal (second) through that is for it alone.
     Unblock(i32, i32),
 }
@@ -212,7 +212,10 @@ impl After {
             libc::SYS_kill | libc::SYS_rt_sigqueueinfo if args[1] != 0 => {
                 let target = args[0] as i32;
                 if target <= 0 || target == worker.pid {
-                    return After::Signals;
+                    return After::Signals(None);
+                }
+                if shared.catchers.read().contains_key(&target) {
+                    return After::Signals(Some(target));
                 }
             }
             libc::SYS_tkill | libc::SYS_tgkill | libc::SYS_rt_tgsigqueueinfo => {
@@ -223,7 +226,7 @@ impl After {
                     return After::Unblock(tid, signal);
                 }
             }
-            libc::SYS_pidfd_send_signal if args[1] != 0 => return After::Signals,
+            libc::SYS_pidfd_send_signal if args[1] != 0 => return After::Signals(None),
             libc::SYS_timer_create => {
                 let mut event = [0; 20];
                 let at = args[1].wrapping_sub(worker.slot.data_address());
@@ -329,7 +332,7 @@ impl Pending {
         }
         let shared = self.shared.clone();
         match self.after {
-            After::Signals if ret >= 0 => shared.post(Command::Settle(Box::new(self), ret)),
+            After::Signals(_) if ret >= 0 => shared.post(Command::Settle(Box::new(self), ret)),
             After::Unblock(..) if ret >= 0 => shared.post(Command::Unblock(Box::new(self), ret)),
             _ => self.finish(ret),
         }
@@ -338,6 +341,14 @@ impl Pending {
     /// The thread that makes it.
     pub fn worker(&self) -> &Worker {
         &self.worker
+    }
+
+    /// Another process to which it has sent a signal.
+    pub fn signalled(&self) -> Option<i32> {
+        match self.after {
+            After::Signals(other) => other,
+            _ => None,
+        }
     }
 
     /// The thread to let a signal through, and the signal.

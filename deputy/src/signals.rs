@@ -313,17 +313,19 @@ impl Home {
     }
 
     /// A call has sent a signal that its own process may be meant by. Natively its handler has run when the call
-    /// returns: the answer goes behind everything that the catcher takes.
+    /// returns: the answer goes behind everything that the catcher takes. So it does with a signal for another process that is away: it is
+    /// pending there before the sender can do anything that this one hears of.
     pub(crate) fn settle(&mut self, pending: calls::Pending, ret: i64) -> anyhow::Result<()> {
-        const PATIENCE: Duration = Duration::from_millis(50);
+        const PATIENCE: Duration = Duration::from_millis(200);
         let (pid, tid) = (pending.worker().pid, pending.worker().tid);
+        let other = pending.signalled();
         self.settling = Some((pid, tid));
         let until = Instant::now() + PATIENCE;
         let drained = loop {
             if let Err(e) = self.reports() {
                 break Err(e);
             }
-            if !self.catcher_busy(pid) || Instant::now() > until {
+            if !self.catcher_busy(other.unwrap_or(pid)) || Instant::now() > until {
                 break Ok(());
             }
             std::thread::sleep(Duration::from_micros(20));
@@ -351,7 +353,9 @@ impl Home {
         };
         // In a group-stop nothing more comes.
         let waits = value("State:").starts_with('S') || away.frozen;
-        !waits || (!away.frozen && u64::from_str_radix(value("ShdPnd:"), 16).unwrap_or(0) != 0)
+        let signals = |name| u64::from_str_radix(value(name), 16).unwrap_or(0);
+        // What it blocks it leaves to a worker in a call on a terminal.
+        !waits || (!away.frozen && signals("ShdPnd:") & !signals("SigBlk:") != 0)
     }
 
     /// A call has made a timer whose signals are for one thread only, or has sent one a signal. They would stay pending in
