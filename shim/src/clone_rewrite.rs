@@ -32,6 +32,7 @@ const ARGS_MAX: usize = 88;
 const TASK_SIZE: u64 = 0x7fff_ffff_f000;
 const RED_ZONE: u64 = 128;
 const SYSCALL_LEN: u64 = 2;
+/// ERESTARTNOINTR: what was not begun is made again, unseen (include/linux/errno.h).
 pub(crate) const RESTARTNOINTR: i64 = -513;
 
 const fn flag(flag: i32) -> u64 {

@@ -286,6 +286,17 @@ fn threaded() -> (tempfile::TempDir, Guest, Vec<Stopped>) {
     (dir, guest, threads)
 }
 
+/// The program with threads goes on to its end, as if nothing had happened.
+fn goes_on(guest: &mut Guest, threads: Vec<Stopped>) {
+    for thread in threads {
+        thread.cont(0).unwrap();
+    }
+    send(guest.pid, Signal::SIGUSR1);
+    let status = run_to_end(guest.pid);
+    assert!(matches!(status, Status::Exited(42)), "{status:?}");
+    assert_eq!(guest.output(), "done\n");
+}
+
 #[test]
 fn a_capture_changes_nothing() {
     let (_dir, mut guest, mut threads) = threaded();
@@ -306,12 +317,7 @@ fn a_capture_changes_nothing() {
     assert!(action.handler > 1 && action.mask == 1 << (libc::SIGUSR2 - 1));
     assert_eq!(captured.image.actions[libc::SIGPIPE as usize - 1].handler, 1);
     assert_eq!(before, maps(guest.pid));
-    for thread in threads {
-        thread.cont(0).unwrap();
-    }
-    send(guest.pid, Signal::SIGUSR1);
-    assert!(matches!(run_to_end(guest.pid), Status::Exited(42)));
-    assert_eq!(guest.output(), "done\n");
+    goes_on(&mut guest, threads);
 }
 
 #[test]
@@ -325,13 +331,7 @@ fn what_was_prepared_can_be_undone() {
     let threads = prepared.undo();
     assert_eq!(threads.len(), 5);
     assert_eq!(before, maps(pid));
-    for thread in threads {
-        thread.cont(0).unwrap();
-    }
-    send(pid, Signal::SIGUSR1);
-    let status = run_to_end(pid);
-    assert!(matches!(status, Status::Exited(42)), "{status:?}");
-    assert_eq!(guest.output(), "done\n");
+    goes_on(&mut guest, threads);
 }
 
 #[test]
@@ -359,13 +359,7 @@ fn a_thread_is_made_in_a_process_that_is_continued_meanwhile() {
         }
         over.store(true, std::sync::atomic::Ordering::Relaxed);
     });
-    for thread in threads {
-        thread.cont(0).unwrap();
-    }
-    send(pid, Signal::SIGUSR1);
-    let status = run_to_end(pid);
-    assert!(matches!(status, Status::Exited(42)), "{status:?}");
-    assert_eq!(guest.output(), "done\n");
+    goes_on(&mut guest, threads);
 }
 
 #[test]

@@ -13,6 +13,7 @@ pub use arena::{ARENA_ADDRESS, ARENA_LEN, Arena, KEEPERS, Slot};
 pub use home::Homebound;
 
 use crate::capture::{self, CaptureError, map_lines, reserved, vdso_site};
+use crate::clone_rewrite::RESTARTNOINTR;
 use crate::memory::ProcessMemory;
 use crate::process;
 use crate::ptrace::{self, PendingQueue, PtraceError, Stop, Stopped};
@@ -241,7 +242,7 @@ impl Vessel {
             return Ok(());
         }
         regs.rip = stub::after_address();
-        regs.rax = NOT_BEGUN as u64;
+        regs.rax = RESTARTNOINTR as u64;
         regs.orig_rax = u64::MAX;
         regs.r13 = 0;
         stopped.set_regs(&regs)
@@ -331,7 +332,7 @@ impl Vessel {
         let ret = if regs.rip == stub::after_address() {
             regs.rax as i64
         } else {
-            NOT_BEGUN
+            RESTARTNOINTR
         };
         regs.rip = stub::loop_address();
         regs.orig_rax = u64::MAX;
@@ -341,9 +342,6 @@ impl Vessel {
         Ok(())
     }
 }
-
-/// ERESTARTNOINTR: what was not begun is made again, unseen (include/linux/errno.h).
-const NOT_BEGUN: i64 = -513;
 
 /// The threads, if the process is alive.
 fn alive(threads: Vec<Stopped>, error: &RemoteCallError) -> Vec<Stopped> {
