@@ -212,7 +212,7 @@ impl StayReason {
             }
             WorksOn(_) => {
                 "It has read or changed the memory of another process of its job (process_vm_readv(2), /proc/PID/mem), or opened its \
-                 own so. It can do that again without being seen, so it stays until it executes another program."
+                 own so. It can do that again without being seen, so it stays until it executes another program or the other one ends."
             }
             WorkedOn(_) => {
                 "Another process of its job has read or changed its memory and can do so again: it stays at home until that one ends or \
