@@ -55,6 +55,8 @@ int main(void) {
     give(to_child[1]);
     ends_with(pid, 7);
     FAILS(peek(pid, &on_stack, &copy), ESRCH);
+    EQ(peek(getpid(), &on_stack, &copy), sizeof copy);
+    EQ(copy, 1234);
 
     int own = memory_of("self", O_RDONLY);
     CHECK(own >= 0);

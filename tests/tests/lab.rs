@@ -292,30 +292,27 @@ fn ping_with(lab: &Lab, count: u32, patience_s: f64, bytes: u32) -> (u32, u64) {
     (lost.parse().unwrap(), fastest.parse().unwrap())
 }
 
-/// A round trip on links with a delay of 5 ms.
-const DELAYED_US: u64 = 10_000;
-
 #[test]
 fn links_as_they_are() {
     let lab = or_skip!(Lab::with(&["--nodes", "2"]));
     or_skip!(program("python3"));
     let (lost, fastest_us) = ping(&lab, 50, 2.0);
     assert_eq!(lost, 0);
-    assert!(fastest_us < DELAYED_US, "{fastest_us} us");
+    assert!(fastest_us < 2000, "{fastest_us} us");
 }
 
 #[test]
 fn links_with_delay_and_loss() {
     let lab = or_skip!(Lab::with(&["--nodes", "2", "--delay-us", "5000"]));
     or_skip!(program("python3"));
-    let (lost, fastest_us) = ping(&lab, 20, 2.0);
+    let (lost, fastest_us) = ping(&lab, 50, 2.0);
     assert_eq!(lost, 0);
-    assert!(fastest_us >= DELAYED_US, "{fastest_us} us");
+    assert!((10_000..14_000).contains(&fastest_us), "{fastest_us} us");
     drop(lab);
     let lab = or_skip!(Lab::with(&["--nodes", "2", "--loss", "20%", "--seed", "3"]));
     let (lost, _) = ping(&lab, 200, 0.1);
-    // Each of two ways loses a fifth: 36 in 100. What comes too late is counted, too.
-    assert!((40..150).contains(&lost), "{lost} of 200");
+    // Each of two ways loses a fifth: 36 in 100.
+    assert!((40..110).contains(&lost), "{lost} of 200");
 }
 
 #[test]
@@ -357,16 +354,15 @@ print(n * 8 / (time.monotonic() - start) / 1e6)
     std::io::BufRead::read_line(&mut output, &mut line).unwrap();
     server.wait().unwrap();
     let mbit: f64 = line.trim().parse().unwrap();
-    // It may be less on a machine that does something else; 5 MiB more than fill the bucket.
-    assert!((1.0..48.0).contains(&mbit), "{mbit} Mbit/s");
+    assert!((25.0..48.0).contains(&mbit), "{mbit} Mbit/s");
 }
 
 #[test]
 fn a_quota_is_kept() {
     let lab = or_skip!(Lab::with(&["--nodes", "1", "--cpu-quota", "0.25"]));
     or_skip!(program("python3"));
-    // How often the kernel has held its processes back (cpu.stat, of both versions of cgroups).
-    let held_back = || {
+    // Of the kernel's periods, which are of 20 ms (cpu.stat, in both versions of cgroups), of which a machine that stalls has no more than it uses.
+    let count = |what: &str| {
         let name = format!("*{}*", lab.name());
         let find = [
             "/sys/fs/cgroup",
@@ -381,14 +377,21 @@ fn a_quota_is_kept() {
         ];
         let output = Command::new("find").args(find).output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let counts = text.lines().filter_map(|line| line.strip_prefix("nr_throttled "));
-        counts.map(|n| n.parse::<u64>().unwrap()).sum::<u64>()
+        let counts = text.lines().filter_map(|line| line.strip_prefix(what));
+        counts.map(|n| n.trim().parse::<u64>().unwrap()).sum::<u64>()
     };
-    let before = held_back();
+    let before = ["nr_periods ", "nr_throttled "].map(count);
     let script = "import time\nwhile time.process_time() < 0.5: pass";
     let output = lab.exec(1).args(["python3", "-c", script]).output().unwrap();
     assert!(output.status.success());
-    assert!(held_back() > before, "half a second of CPU time without a pause");
+    let after = ["nr_periods ", "nr_throttled "].map(count);
+    // At 0.1 to 0.4 s of CPU time in a second.
+    let periods = after[0] - before[0];
+    assert!(
+        (62..=250).contains(&periods),
+        "half a second of CPU time in {periods} periods"
+    );
+    assert!(after[1] > before[1], "it was never held back");
     let groups = || fs::read_to_string("/proc/self/cgroup").unwrap();
     assert!(!groups().contains(lab.name()));
 }

@@ -135,8 +135,8 @@ fn what_a_node_has_is_not_sent_again() {
     let mut job = Job::start(&lab, None);
     let (second, saved) = job.moved(&lab, "2", "precopy");
     assert!(second < first / 4, "first {first} bytes, second {second}");
-    // Behind pages that the node has not, which differ from run to run, only some of a chunk are looked at.
-    assert!(saved >= BYTES / 8 * 7, "{saved} bytes saved by the other run");
+    // The block begins behind the header of its object, so that it has one whole page less; of the two at its ends nobody knows.
+    assert!(saved >= BYTES - 4096, "{saved} bytes saved by the other run");
     job.end();
 }
 
