@@ -56,7 +56,8 @@ impl Home {
             return Ok(());
         };
         process.discard_guest();
-        if process.node() != 0 {
+        let from = process.node();
+        if from != 0 {
             stopped.set_options(Home::options())?;
         }
         process.mode = Mode::Native;
@@ -93,7 +94,7 @@ impl Home {
             }
         }
         process.works_on.clear();
-        process.target = self.shared.cluster.choose();
+        process.target = self.shared.cluster.choose(from);
         // A move that was asked for is made with the new program.
         for waiter in process.waiters.drain(..) {
             process.target = None;

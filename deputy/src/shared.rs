@@ -23,8 +23,9 @@ use crate::outward::{Done, Ready, Wish};
 
 /// What the deputy needs of the cluster; implemented by the program around it.
 pub trait Cluster: Send + Sync {
-    /// Where a program that was just executed is to run: a node's number, or `None` for home.
-    fn choose(&self) -> Option<u32>;
+    /// Where a program that was just executed by a process on the node `from` (0: at home) is to run: a node's number, or `None` for
+    /// home.
+    fn choose(&self, from: u32) -> Option<u32>;
     /// Opens a contact to a new supervisor of this job on a node. Blocks; the error is for people.
     fn contact(&self, node: u32, handler: Arc<dyn Handler>) -> Result<Link, String>;
 }

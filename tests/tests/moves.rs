@@ -113,6 +113,37 @@ os.kill(child, signal.SIGKILL)
 os._exit(os.WTERMSIG(os.waitpid(child, 0)[1]))
 ";
 
+/// A shell that begins a program for each line, and tells its number.
+const BEGINS: &str = "echo $$; while read line; do sleep 1000 & echo $!; done; kill $(jobs -p); exit 5";
+
+#[test]
+fn what_a_locked_process_executes_begins_where_it_is() {
+    let lab = or_skip!(Lab::shared());
+    for (lock, ways) in [("-L", [2, 0, 3]), ("-l", [2, 2, 2])] {
+        let command = ["mosrun", lock, "-r", "2", "--", "bash", "-c", BEGINS];
+        let mut job = Running::start(&lab, How::Native, command);
+        let pid = job.number();
+        let mut begun = Vec::new();
+        for (to, expected) in ["", "home", "3"].into_iter().zip(ways) {
+            if !to.is_empty() {
+                moved(&lab, pid, to, "auto");
+            }
+            job.write("\n");
+            let child = job.number();
+            let minute = Duration::from_secs(60);
+            let name = format!("cat /proc/{child}/comm");
+            wait_for("it executes", minute, || lab.inspect(1, &name) == "sleep\n");
+            wait_for("it is there", minute, || node_of(&lab, child) == expected);
+            begun.push((child, expected));
+        }
+        for (child, expected) in begun {
+            assert_eq!(node_of(&lab, child), expected, "{lock}");
+        }
+        job.close();
+        assert_eq!(job.wait(), End::Code(5));
+    }
+}
+
 #[test]
 fn who_works_on_the_memory_of_another_stays_at_home_with_it() {
     or_skip!(program("python3"));

@@ -88,11 +88,11 @@ pub struct Args {
     #[arg(short = 'F')]
     pub fallback: bool,
 
-    /// Lock: the program moves only when somebody asks for it
+    /// Lock: a process moves only when somebody asks for it; what it executes runs where it is
     #[arg(short = 'L', conflicts_with = "unlock")]
     pub lock: bool,
 
-    /// Unlock: the cluster may move the program (the default)
+    /// Unlock: what is executed is placed anew (the default)
     #[arg(short = 'l')]
     pub unlock: bool,
 

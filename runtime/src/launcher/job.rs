@@ -199,11 +199,13 @@ fn attach(args: &Args, program: i32) -> anyhow::Result<Attached> {
         key: OneTimeKey::generate()?,
         refuse_homeward: args.error,
         topology_of_home: args.topology == Topology::Home,
+        locked: args.lock,
         cpu: args.cpu,
         state: Mutex::new(Known {
             nodes,
             at: Instant::now(),
             first: None,
+            begun: false,
         }),
     });
     let mut deputy = Deputy::new(placer.clone())?;
@@ -246,11 +248,13 @@ pub(super) fn adopt(pid: i32) -> anyhow::Result<(Ready, Vec<deputy::LeftOut>)> {
         key: OneTimeKey::generate()?,
         refuse_homeward: false,
         topology_of_home: false,
+        locked: false,
         cpu: Cpu::Home,
         state: Mutex::new(Known {
             nodes,
             at: Instant::now(),
             first: None,
+            begun: false,
         }),
     };
     let mut deputy = Deputy::new(Arc::new(placer))?;
@@ -282,6 +286,8 @@ struct Known {
     at: Instant,
     /// The node that answered before the program began: its first image goes there.
     first: Option<u32>,
+    /// It was said where the first program of the job begins.
+    begun: bool,
 }
 
 /// The cluster as the deputy uses it.
@@ -294,14 +300,19 @@ struct Placer {
     refuse_homeward: bool,
     /// --topology=home.
     topology_of_home: bool,
+    /// -L.
+    locked: bool,
     /// What its programs may execute.
     cpu: Cpu,
     state: Mutex<Known>,
 }
 
 impl Cluster for Placer {
-    fn choose(&self) -> Option<u32> {
+    fn choose(&self, from: u32) -> Option<u32> {
         let mut known = self.state.lock();
+        if self.locked && std::mem::replace(&mut known.begun, true) {
+            return (from != 0).then_some(from);
+        }
         if let Some(first) = known.first.take() {
             if matches!(self.want, Want::Node(_)) {
                 known.first = Some(first);
