@@ -530,7 +530,12 @@ fn precopy(
             pid,
             &mut ready.writer,
             &mut |kind, parts| link.tell(pid, pid, kind, parts).map_err(io::Error::other),
-            &mut || link.await_sent(choice::QUEUED_BYTES).map_err(io::Error::other),
+            &mut || {
+                link.await_sent(choice::QUEUED_BYTES).map_err(io::Error::other)?;
+                // Of pages that the node has already there is little to send and much to do.
+                let taken_up = link.ask(pid, Kind::InPlace, &[]);
+                taken_up.map(drop).map_err(io::Error::other)
+            },
             &mut |progress| {
                 shared.progress.lock().insert(pid, progress);
             },

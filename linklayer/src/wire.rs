@@ -128,8 +128,8 @@ pub enum Kind {
     /// Supervisor to deputy: the memory of a process that is going to come home comes on a link of its own ([`Coming`]); answer
     /// [`Errno`] (0: home has connected).
     Coming = 53,
-    /// Supervisor to deputy, on such a link: what was sent while the process ran is to be where it belongs (empty body) before its
-    /// [`Homecoming`] comes, by another link; answer [`Errno`].
+    /// To where a process is going to be, on such a link: what was sent of it while it ran is to be where it belongs (empty body) before
+    /// more is sent or it is stopped; answer [`Errno`].
     InPlace = 63,
     /// Supervisor to deputy, on such a link: all memory has been sent (empty body); answer [`Errno`] (0: it is in the vessel).
     PagesEnd = 54,

@@ -328,6 +328,11 @@ impl Handler for OwnLink {
             };
             match kind {
                 Kind::Prefetch => return self.prefetch(&payload, answer),
+                // All frames in front of this one have been taken up.
+                Kind::InPlace => {
+                    answer.errno(0);
+                    return Ok(());
+                }
                 Kind::Known => {
                     tell_known(&self.shared, answer);
                     return Ok(());
