@@ -15,6 +15,7 @@ use nix::sys::eventfd::EventFd;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use shim::ptrace::{self, Status, Stop, Stopped, Target};
+use shim::timed::Timed;
 
 use crate::process::{Mode, Process, Role, Task};
 use crate::shared::{Command, Shared};
@@ -208,6 +209,12 @@ impl Home {
         if self.releasing.is_some() {
             return self.detach(stopped);
         }
+        if stopped.stop() != Stop::Interrupt
+            && let Some(task) = self.tasks.get_mut(&tid)
+        {
+            // What it waits in from now on is not what was seen.
+            (task.seen, task.timed) = (None, None);
+        }
         match stopped.stop() {
             Stop::Signal(sig) => {
                 if sig == nix::libc::SIGTRAP && self.at_entry(pid, &stopped)? {
@@ -229,7 +236,10 @@ impl Home {
             Stop::Interrupt => {
                 let mut stopped = stopped;
                 let task = self.tasks.get_mut(&tid);
-                if !task.is_some_and(|task| std::mem::take(&mut task.group_stopped)) {
+                if let Some(task) = task
+                    && !std::mem::take(&mut task.group_stopped)
+                {
+                    task.timed = Timed::of(&stopped, task.seen.take(), task.timed)?;
                     crate::restarts::make_restart(&mut stopped)?;
                 }
                 self.held(pid, stopped)?;

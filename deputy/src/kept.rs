@@ -8,6 +8,7 @@ use linklayer::image::SigInfo;
 use linklayer::quic::ReplyTo;
 use linklayer::wire::{self, Kind};
 use shim::ptrace;
+use shim::timed::Looker;
 
 use crate::home::{Home, unless_gone};
 use crate::process::{Away, Mode, send};
@@ -123,7 +124,13 @@ impl Home {
             away.say_frozen(pid);
         } else if stop && changes {
             // One that is stopped by job control is held when that lets it go.
-            for task in self.tasks.values().filter(|t| t.pid == pid && !t.group_stopped) {
+            let mut looker = Looker::default();
+            for task in self
+                .tasks
+                .values_mut()
+                .filter(|t| t.pid == pid && !t.group_stopped)
+            {
+                task.seen = looker.look(task.tid);
                 unless_gone(ptrace::interrupt(task.tid))?;
             }
         }

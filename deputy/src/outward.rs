@@ -17,6 +17,7 @@ use shim::capture::{CaptureError, SendError};
 use shim::faults::{self, Point};
 use shim::process::resident_bytes;
 use shim::ptrace::{self, PtraceError, Stop, Stopped};
+use shim::timed::Looker;
 use shim::track::Tracker;
 
 use crate::home::{Home, unless_gone};
@@ -256,7 +257,9 @@ impl Home {
         let process = self.processes.get_mut(&pid).context("process at home")?;
         let standing = std::mem::take(&mut process.standing);
         let stands = |tid| standing.iter().any(|t| t.tid() == tid);
-        for task in self.tasks.values().filter(|t| t.pid == pid && !stands(t.tid)) {
+        let mut looker = Looker::default();
+        for task in self.tasks.values_mut().filter(|t| t.pid == pid && !stands(t.tid)) {
+            task.seen = looker.look(task.tid);
             unless_gone(ptrace::interrupt(task.tid))?;
         }
         standing.into_iter().try_for_each(|thread| self.held(pid, thread))
@@ -278,7 +281,7 @@ impl Home {
 
     /// Lets a thread of a process at home go on: one that is in a group-stop from SIGCONT on, one that is to stand still
     /// when somebody wants it to.
-    pub(crate) fn let_go(&mut self, stopped: Stopped) -> anyhow::Result<()> {
+    pub(crate) fn let_go(&mut self, mut stopped: Stopped) -> anyhow::Result<()> {
         let Some(task) = self.tasks.get_mut(&stopped.tid()) else {
             return Ok(stopped.cont(0)?);
         };
@@ -290,7 +293,7 @@ impl Home {
         match self.processes.get_mut(&pid).filter(|p| p.frozen) {
             Some(process) => process.standing.push(stopped),
             None => {
-                self.begin_sleeps(pid);
+                self.begin_sleep(pid, &mut stopped)?;
                 stopped.cont(0)?;
             }
         }

@@ -14,6 +14,7 @@ use linklayer::wire::{self, Kind};
 use shim::postcopy::Pager;
 use shim::ptrace::Stopped;
 use shim::restore::Room;
+use shim::timed::{Look, Timed};
 use shim::vessel::Vessel;
 
 use crate::calls::Worker;
@@ -51,6 +52,10 @@ pub struct Task {
     pub ends: Option<Arc<Worker>>,
     /// The wait that it was seen in, which the kernel restarts under another number, and the registers that tell it again.
     pub waiting: Option<(u32, [u64; 8])>,
+    /// How it looked when it was interrupted so as to leave home.
+    pub seen: Option<Look>,
+    /// The wait with a relative timeout that it was then taken out of.
+    pub timed: Option<Timed>,
     /// It is in a group-stop.
     pub group_stopped: bool,
     /// It makes calls for us that cannot wait until its group-stop has ended.
@@ -92,6 +97,8 @@ impl Task {
             ending: None,
             ends: None,
             waiting: None,
+            seen: None,
+            timed: None,
             group_stopped: false,
             lent: false,
             unblocked: 0,
@@ -233,7 +240,7 @@ pub struct Process {
     pub stopping: Option<i32>,
     /// Signals that were pending when it was described for another node: they went with it, and its vessel forgets them.
     pub carried: Vec<linklayer::image::SigInfo>,
-    /// Relative sleeps of its threads at home, which begin anew when they go on.
+    /// Waits with a relative timeout of its threads at home, which begin anew when they go on.
     pub sleeps: Vec<(i32, Sleep)>,
     /// The processes on whose memory its program has worked, and may work again without being seen.
     pub works_on: Vec<i32>,

@@ -5,12 +5,16 @@
 //! signals"), and so do they for a signal that is ignored, which only a traced thread takes notice of. Natively neither would have
 //! happened, so they are made to restart as others do, unless a handler runs.
 //!
-//! Those of them that have a relative timeout would begin it anew. A process that is to leave is not stopped while one of its
-//! threads is in such a wait.
+//! Those of them that have a relative timeout would begin it anew; they begin with what is left of it, where the kernel tells when
+//! they began (`shim::timed`). A socket's own timeout is not in the call: a process that is to leave is not stopped while one of its threads is
+//! in such a call, or, where the kernel does not tell, in any such wait.
 
+use linklayer::image::Regs;
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::sys::time::TimeValLike;
+use shim::memory::ProcessMemory;
 use shim::ptrace::{Result, Stopped};
+use shim::timed;
 
 /// ERESTARTNOHAND: EINTR when a handler runs, made again otherwise (include/linux/errno.h).
 const RESTART_UNLESS_HANDLED: i64 = -514;
@@ -47,7 +51,7 @@ fn ends_early(nr: i64) -> bool {
     }
 }
 
-/// Whether a thread is in a call that does not restart as it is, because it waits for so long from now.
+/// Whether a thread is in a call that would begin its timeout anew if it were made again.
 pub fn waits_for_a_time(tid: i32) -> bool {
     // "running", or number and arguments, the stack pointer and the address of the call (proc_pid_syscall(5)).
     let text = std::fs::read_to_string(format!("/proc/{tid}/syscall")).unwrap_or_default();
@@ -59,6 +63,15 @@ pub fn waits_for_a_time(tid: i32) -> bool {
     let args: Vec<u64> = words.map_while(number).collect();
     let arg = |n: usize| args.get(n).copied().unwrap_or(0);
     match nr {
+        libc::SYS_epoll_wait
+        | libc::SYS_epoll_pwait
+        | libc::SYS_rt_sigtimedwait
+        | libc::SYS_epoll_pwait2
+        | libc::SYS_semtimedop
+            if timed::is_told() =>
+        {
+            false
+        }
         libc::SYS_epoll_wait | libc::SYS_epoll_pwait => arg(3) as i32 > 0,
         libc::SYS_rt_sigtimedwait => arg(2) != 0,
         libc::SYS_epoll_pwait2 | libc::SYS_semtimedop => arg(3) != 0,
@@ -78,6 +91,17 @@ fn socket_has_timeout(tid: i32, fd: i32) -> bool {
     [receives, sends]
         .into_iter()
         .any(|limit| limit.is_ok_and(|limit| limit.num_microseconds() > 0))
+}
+
+/// Whether a thread that would make this call again would begin its timeout anew.
+pub fn would_begin_anew(regs: &Regs, memory: &ProcessMemory) -> bool {
+    let read = |at, bytes: &mut [u8]| memory.read_forced(at, bytes);
+    ends_early(regs.rax as i64) && timed::limit_ns(regs.rax, &regs.call_args(), read).is_some()
+}
+
+/// Whether a stopped thread was made to restart a call that ends early ([`make_restart`]).
+pub fn is_made_to(regs: &Regs) -> bool {
+    regs.rax as i64 == RESTART_UNLESS_HANDLED && ends_early(regs.orig_rax as i64)
 }
 
 /// Has the call that a stopped thread was taken out of restart like others. Not for a thread that was stopped by job control, which

@@ -1,19 +1,23 @@
 //! Timed waits of threads that leave home.
 //!
 //! A wait that is interrupted leaves what is left of it with the kernel, in its thread's restart block (restart_syscall(2)),
-//! where nobody can read it. What becomes of it elsewhere depends on the call:
+//! where nobody can read it, or is not restarted at all (`restarts`). What becomes of it elsewhere depends on the call:
 //!
 //! - Deadlines in the arguments (futex(2) with FUTEX_WAIT_BITSET and its kind, which is what C libraries use) and waits for ever
 //!   (poll(2) with a negative timeout) are made again as they are.
 //! - A relative sleep for which the kernel has written down the rest, where the program wanted it, is made again with that.
 //! - Any other relative sleep goes on at home: the thread calls restart_syscall(2) where it is, which is forwarded, and its vessel's
 //!   thread, which has the restart block, sleeps on.
-//! - poll(2) and FUTEX_WAIT with a relative timeout need memory that is away. The process leaves when they are over.
+//! - poll(2), FUTEX_WAIT, epoll_wait(2) and others with a relative timeout are made again with what is left of it, as far as the thread was
+//!   looked at before it was interrupted (`shim::timed`). If not, the process leaves when they are over.
 
-use linklayer::image::{ProcessImage, Rewound, Sleep, ThreadImage};
+use linklayer::image::{Place, ProcessImage, Rewound, Sleep, ThreadImage};
 use shim::memory::ProcessMemory;
+use shim::ptrace::Stopped;
+use shim::timed;
 
 use crate::home::Home;
+use crate::restarts;
 
 /// The kernel's code for a wait whose rest it keeps to itself (ERESTART_RESTARTBLOCK).
 const RESTART_BLOCK: i32 = -516;
@@ -32,17 +36,42 @@ impl Home {
         }
     }
 
-    /// A process at home goes on, or some of its threads do: their relative sleeps begin anew, for what is left of them.
-    pub(crate) fn begin_sleeps(&mut self, pid: i32) {
-        let now_ns = shim::capture::clocks().monotonic_ns;
-        let Some(process) = self.processes.get_mut(&pid) else {
-            return;
-        };
-        for (tid, sleep) in process.sleeps.drain(..) {
-            if let Err(e) = ProcessMemory::new(tid).write_forced(sleep.timespec, &sleep.left(now_ns)) {
-                tracing::debug!(pid, error = %e, "rest of a sleep");
+    /// A thread of a process at home goes on. A wait of its that the kernel does not restart as it was begins anew, for what is left
+    /// of it.
+    pub(crate) fn begin_sleep(&mut self, pid: i32, stopped: &mut Stopped) -> anyhow::Result<()> {
+        let tid = stopped.tid();
+        let memory = ProcessMemory::new(tid);
+        let brought = self.processes.get_mut(&pid).and_then(|process| {
+            let at = process.sleeps.iter().position(|(of, _)| *of == tid)?;
+            Some(process.sleeps.swap_remove(at).1)
+        });
+        if let Some(sleep) = brought {
+            let now_ns = shim::capture::clocks().monotonic_ns;
+            match sleep.place {
+                Place::Timespec(at) => {
+                    if let Err(e) = memory.write_forced(at, &sleep.left(now_ns)) {
+                        tracing::debug!(pid, error = %e, "rest of a sleep");
+                    }
+                }
+                Place::Milliseconds(_) => {
+                    let mut regs = stopped.regs()?;
+                    sleep.put_left(&mut regs, now_ns);
+                    stopped.set_regs(&regs)?;
+                }
             }
+            return Ok(());
         }
+        let Some(wait) = self.tasks.get(&tid).and_then(|task| task.timed) else {
+            return Ok(());
+        };
+        let mut regs = stopped.regs()?;
+        if regs.orig_rax == wait.nr && restarts::is_made_to(&regs) {
+            timed::end_at(&mut regs, wait.nr, wait.until_ns, |at, bytes| {
+                memory.write_forced(at, bytes)
+            })?;
+            stopped.set_regs(&regs)?;
+        }
+        Ok(())
     }
 
     /// Sees to it that the waits of a process that leaves end when they should. Not if one is of those that have to be over.
@@ -50,15 +79,25 @@ impl Home {
         let memory = ProcessMemory::new(image.reached_by());
         let mut known = true;
         for thread in &mut image.threads {
+            let marks = thread.regs.marks();
+            let (Some(rewound), Some(task)) = (thread.rewound, self.tasks.get_mut(&thread.tid)) else {
+                continue;
+            };
+            if let Some(wait) = task.timed.filter(|wait| wait.marks == marks) {
+                thread.regs.rax = wait.nr;
+                let sleep = timed::end_at(&mut thread.regs, wait.nr, wait.until_ns, |at, bytes| {
+                    memory.write_forced(at, bytes)
+                });
+                known &= sleep.is_ok();
+                thread.sleep = sleep.unwrap_or_default();
+                continue;
+            }
             // The kernel may have made it ready to be made again.
             let by_kernel = |r: &Rewound| r.code == RESTART_BLOCK || r.nr == libc::SYS_restart_syscall as u32;
-            let Some(rewound) = thread.rewound.filter(by_kernel) else {
+            if !by_kernel(&rewound) {
+                known &= thread.sleep.is_some() || !restarts::would_begin_anew(&thread.regs, &memory);
                 continue;
-            };
-            let marks = thread.regs.marks();
-            let Some(task) = self.tasks.get_mut(&thread.tid) else {
-                continue;
-            };
+            }
             let nr = if rewound.nr == libc::SYS_restart_syscall as u32 {
                 // It was interrupted before, by us or by a signal that it did not see.
                 task.waiting.filter(|(_, seen)| *seen == marks).map(|(nr, _)| nr)
@@ -110,7 +149,7 @@ fn settle(thread: &mut ThreadImage, nr: u32, memory: &ProcessMemory) -> bool {
     *request = timespec;
     regs.rax = u64::from(nr);
     thread.sleep = Some(Sleep {
-        timespec,
+        place: Place::Timespec(timespec),
         until_ns: shim::capture::clocks().monotonic_ns.saturating_add(left_ns),
     });
     true
@@ -163,13 +202,13 @@ mod tests {
         let Some((regs, Some(sleep))) = known else {
             panic!("{known:?}")
         };
-        assert_eq!(
-            (regs.rax as i64, regs.rdx),
-            (libc::SYS_clock_nanosleep, sleep.timespec)
-        );
-        assert!(sleep.timespec < top - 128 && sleep.timespec % 16 == 0);
+        let Place::Timespec(timespec) = sleep.place else {
+            panic!("{sleep:?}")
+        };
+        assert_eq!((regs.rax as i64, regs.rdx), (libc::SYS_clock_nanosleep, timespec));
+        assert!(timespec < top - 128 && timespec % 16 == 0);
         let mut written = [0; 16];
-        assert!(memory.read_forced(sleep.timespec, &mut written).is_ok());
+        assert!(memory.read_forced(timespec, &mut written).is_ok());
         assert_eq!(written, sleep.left(sleep.until_ns - 2_500_000_000));
     }
 }

@@ -481,13 +481,22 @@ impl ThreadImage {
     }
 }
 
-/// A relative sleep that a thread makes again when it goes on. Its length is to be set to what is left then.
+/// A wait with a relative timeout that a thread makes again when it goes on. The timeout is to be set to what is left then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct Sleep {
-    /// where its `struct timespec` is
-    pub timespec: u64,
+    /// where its timeout is
+    pub place: Place,
     /// when it ends by home's CLOCK_MONOTONIC, nanoseconds
     pub until_ns: i64,
+}
+
+/// Where a call has its timeout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum Place {
+    /// in a `struct timespec` at this address
+    Timespec(u64),
+    /// in this argument of the call, milliseconds
+    Milliseconds(u8),
 }
 
 impl Sleep {
@@ -499,6 +508,20 @@ impl Sleep {
         seconds.copy_from_slice(&(left_ns / 1_000_000_000).to_ne_bytes());
         nanoseconds.copy_from_slice(&(left_ns % 1_000_000_000).to_ne_bytes());
         bytes
+    }
+
+    /// Puts what is left at this time of home's CLOCK_MONOTONIC into the registers of its call, if it is there.
+    pub fn put_left(&self, regs: &mut Regs, now_ns: i64) {
+        let Place::Milliseconds(argument) = self.place else {
+            return;
+        };
+        let left_ns = self.until_ns.saturating_sub(now_ns).max(0) as u64;
+        let mut args = regs.call_args();
+        // Not earlier, and not negative, which is for ever.
+        if let Some(arg) = args.get_mut(usize::from(argument)) {
+            *arg = left_ns.div_ceil(1_000_000).min(i32::MAX as u64);
+        }
+        regs.set_call(regs.rax, args);
     }
 }
 

@@ -268,8 +268,9 @@ impl StayReason {
                  started with `mosrun --cpu baseline` use none but those that all x86-64 processors have."
             }
             TimedWait => {
-                "One of its threads is in a wait whose remaining time only the kernel knows, again and again. The move was tried for \
-                 two seconds; it succeeds as soon as the wait ends."
+                "One of its threads is in a wait whose remaining time only the kernel knows, again and again: in a call on a socket with \
+                 SO_RCVTIMEO or SO_SNDTIMEO, or, where the kernel does not tell since when a thread waits (`mosctl check`, \
+                 \"timed_waits\"), in any with a timeout. The move was tried for two seconds; it succeeds as soon as the wait ends."
             }
             InVdso => {
                 "One of its threads is in a function of the vDSO at an address that the target has not. Ask again."

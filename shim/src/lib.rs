@@ -21,6 +21,7 @@ pub mod restore;
 pub mod shared_memory;
 pub mod signal;
 pub mod startup;
+pub mod timed;
 pub mod track;
 pub mod userfault;
 pub mod vdso;

@@ -203,6 +203,14 @@ const FEATURES: &[Feature] = &[
         remedy: "let the user open /dev/userfaultfd (Linux 6.1), or sysctl vm.unprivileged_userfaultfd=1",
     },
     Feature {
+        name: "timed_waits",
+        purpose: "knowing since when a thread waits (/proc/TID/sched)",
+        need: Need::Better,
+        trial: trials::timed_waits,
+        consequence: "a process with a thread in poll, epoll_wait or another such wait with a timeout moves when that has ended",
+        remedy: "a kernel with CONFIG_SCHED_DEBUG",
+    },
+    Feature {
         name: "leases",
         purpose: "promises that a file did not change (fcntl F_SETLEASE)",
         need: Need::Better,

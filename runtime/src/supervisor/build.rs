@@ -2,19 +2,20 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use linklayer::image::{AreaKind, ProcessImage, ThreadImage};
+use linklayer::image::{AreaKind, Place, ProcessImage, ThreadImage};
 use linklayer::pages::Kept;
 use linklayer::stay::StayReason;
 use linklayer::wire;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use shim::cage::Cage;
-use shim::ptrace::{self, Status, Target};
+use shim::ptrace::{self, Status, Stopped, Target};
 use shim::restore::{Backing, Faults};
 use shim::userfault::Source;
 
@@ -254,13 +255,36 @@ impl Tracer {
     pub(super) fn begin_sleeps(&mut self, pid: i32) {
         let now_ns =
             (shim::capture::clocks().monotonic_ns).saturating_add(self.shared.known_ahead().monotonic_ns);
-        for (_, sleep) in self.sleeps.remove(&pid).unwrap_or_default() {
-            if let Some(guest) = self.shared.guests.read().get(&pid)
-                && let Err(e) = guest.memory.write_forced(sleep.timespec, &sleep.left(now_ns))
-            {
+        for (tid, sleep) in self.sleeps.remove(&pid).unwrap_or_default() {
+            let begun = match sleep.place {
+                Place::Timespec(at) => {
+                    let guests = self.shared.guests.read();
+                    let memory = guests.get(&pid).map(|guest| &guest.memory);
+                    memory.map_or(Ok(()), |memory| memory.write_forced(at, &sleep.left(now_ns)))
+                }
+                Place::Milliseconds(_) => self
+                    .standing(pid, tid)
+                    .map_or(Ok(()), |stopped| {
+                        let mut regs = stopped.regs()?;
+                        sleep.put_left(&mut regs, now_ns);
+                        stopped.set_regs(&regs)
+                    })
+                    .map_err(io::Error::other),
+            };
+            if let Err(e) = begun {
                 tracing::debug!(pid, error = %e, "rest of a sleep");
             }
         }
+    }
+
+    /// A thread of a guest, named by its tid at home, that stands still.
+    fn standing(&mut self, pid: i32, tid: i32) -> Option<&mut Stopped> {
+        let traced = self.threads.values_mut().find(|t| t.thread.tid == tid)?;
+        let outer = traced.thread.outer;
+        let built = self.built.get_mut(&pid).into_iter().flatten();
+        built
+            .chain(&mut traced.held)
+            .find(|stopped| stopped.tid() == outer)
     }
 
     /// Home has committed: the guest runs, unless it is to stand still.

@@ -273,7 +273,7 @@ impl Tracer {
                     }
                     _ => {}
                 }
-                super::deadline::keep(&own.thread, own.waiting, thread, ahead.monotonic_ns)?;
+                super::deadline::keep(own, thread, ahead.monotonic_ns)?;
             }
             thread.tid = ids.get(&thread.tid).copied().unwrap_or(thread.tid);
             // One that has not begun anew since it came.

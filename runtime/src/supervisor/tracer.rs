@@ -20,6 +20,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use shim::cage::Cage;
 use shim::ptrace::{self, Status, Stop, Stopped, Target};
+use shim::timed::{Look, Looker, Timed};
 
 use super::guest::{Guest, InCall, SignalStatus, Thread};
 use super::quiet::Quiet;
@@ -94,6 +95,10 @@ pub(super) struct Traced {
     pub(super) waits: Option<super::signals::SignalWait>,
     /// The wait of this kernel's that it was last seen in, which is restarted under another number, and what tells it again.
     pub(super) waiting: Option<(u32, [u64; 8])>,
+    /// How it looked when it was interrupted so as to be described.
+    pub(super) seen: Option<Look>,
+    /// The wait with a relative timeout that it was then taken out of, and that nobody else knows the beginning of.
+    pub(super) timed: Option<Timed>,
     /// It waits in vfork for this child; stopped just after its call.
     pub(super) vfork: Option<(i32, Stopped)>,
 }
@@ -109,6 +114,8 @@ impl Traced {
             cloning: None,
             waits: None,
             waiting: None,
+            seen: None,
+            timed: None,
             vfork: None,
         }
     }
@@ -418,7 +425,16 @@ impl Tracer {
             original.rax = interrupted_for_capture(original.rax as i64, false) as u64;
             stopped.set_regs(&original)?;
         }
-        traced.note_wait(&stopped.regs()?);
+        let regs = stopped.regs()?;
+        traced.note_wait(&regs);
+        let seen = traced.seen.take();
+        // The others come by here, and home has begun them.
+        let own = regs.rax as i64 == RESTART_BLOCK;
+        traced.timed = if own {
+            Timed::of(&stopped, seen, traced.timed)?
+        } else {
+            None
+        };
         if self.holds.contains_key(&pid) {
             traced.held = Some(stopped);
             return self.all_held(pid);
@@ -516,7 +532,11 @@ impl Tracer {
             .filter(|t| t.thread.guest.pid == pid && t.held.is_none() && t.vfork.is_none())
             .map(|t| t.thread.clone())
             .collect();
+        let mut looker = Looker::default();
         for thread in threads {
+            if captures && let Some(traced) = self.threads.get_mut(&thread.outer) {
+                traced.seen = looker.look(thread.outer);
+            }
             match ptrace::interrupt(thread.outer) {
                 // A leader that ended before the others.
                 Err(e) if e.is_gone() => continue,

@@ -8,7 +8,7 @@ mod pusher;
 
 use std::ops::Range;
 
-use linklayer::image::{AreaKind, PAGE, ProcessImage};
+use linklayer::image::{AreaKind, PAGE, Place, ProcessImage};
 
 pub use pager::{End, Pager};
 pub use pusher::{Pushed, Pusher, SourceLink};
@@ -71,12 +71,9 @@ fn hot_pages(image: &ProcessImage) -> Vec<u64> {
         bytes.extend([thread.clear_child_tid, thread.robust_list.0]);
         bytes.extend(thread.rseq.map(|rseq| rseq.pointer));
         // A timespec is 16 bytes.
-        bytes.extend(
-            thread
-                .sleep
-                .iter()
-                .flat_map(|sleep| [sleep.timespec, sleep.timespec + 15]),
-        );
+        if let Some(Place::Timespec(at)) = thread.sleep.map(|sleep| sleep.place) {
+            bytes.extend([at, at.saturating_add(15)]);
+        }
     }
     // What ps(1) shows of it.
     let mm = &image.mm;

@@ -195,6 +195,14 @@ pub fn tracing() -> Outcome {
     })
 }
 
+pub fn timed_waits() -> Outcome {
+    if crate::timed::is_told() {
+        Outcome::Works
+    } else {
+        Outcome::Missing("there is no se.exec_start in it".into())
+    }
+}
+
 pub fn memory_access() -> Outcome {
     let mut there = [1u8; 8];
     with_child(|pid| {
