@@ -28,6 +28,7 @@ pub fn spawn_detached(work: impl FnOnce()) -> io::Result<()> {
             if child == 0 {
                 // SAFETY: no pointers.
                 unsafe { libc::setsid() };
+                prefer_session();
                 work();
                 std::process::exit(0);
             }
@@ -49,6 +50,19 @@ pub fn spawn_detached(work: impl FnOnce()) -> io::Result<()> {
                 Err(io::Error::other("cannot fork a second time"))
             }
         }
+    }
+}
+
+/// Has the scheduler prefer the session that the calling process leads, as far as it is allowed to (CAP_SYS_NICE).
+///
+/// A kernel with autogroups (sched(7)) shares processors among sessions, not processes. One that wakes up often for a moment, as those do
+/// that serve others, may have to wait for seconds then while processes of other sessions compute (seen with Linux 6.18 on two busy
+/// processors).
+pub fn prefer_session() {
+    /// As a nice value.
+    const PREFERENCE: i32 = -10;
+    if let Err(e) = std::fs::write("/proc/self/autogroup", PREFERENCE.to_string()) {
+        tracing::debug!(error = %e, "session not preferred");
     }
 }
 

@@ -38,6 +38,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let in_background = std::env::var_os(BACKGROUND).is_some();
     if in_background {
         nix::unistd::setsid().context("setsid")?;
+        shim::process::prefer_session();
         nix::unistd::chdir("/").context("chdir to /")?;
     }
     let spawner = Spawner::start().context("no thread to start supervisors")?;

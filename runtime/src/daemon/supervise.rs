@@ -198,7 +198,9 @@ pub fn child_main() -> ExitCode {
 /// Leaves the daemon's session, directory and name.
 fn become_independent() -> Result<(), String> {
     // fails when this is a process group leader, as it is when started from a shell: then nothing is lost
-    let _ = nix::unistd::setsid();
+    if nix::unistd::setsid().is_ok() {
+        shim::process::prefer_session();
+    }
     let _ = nix::sys::prctl::set_name(c"mosd-supervise");
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     nix::unistd::chdir("/").map_err(|e| format!("cannot change to /: {e}"))

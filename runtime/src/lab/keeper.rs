@@ -156,6 +156,8 @@ fn answer(answer: &Answer) -> io::Result<()> {
 pub fn hold() -> Result<(), LabError> {
     let made = (|| {
         nix::unistd::setsid().map_err(LabError::system("setsid"))?;
+        // The node's daemon is in it.
+        shim::process::prefer_session();
         let all = CloneFlags::CLONE_NEWNET
             | CloneFlags::CLONE_NEWNS
             | CloneFlags::CLONE_NEWPID
