@@ -183,6 +183,14 @@ static void *reader(void *unused) {
     return unused;
 }
 
+/* The clock of the kernel's ticks. A socket's own timeout is counted in those, and natively ends early where they are behind, on a machine
+ * that was not given its processors for a while. */
+static double ticks(void) {
+    struct timespec t;
+    CHECK(clock_gettime(CLOCK_MONOTONIC_COARSE, &t) == 0);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
 /* Every wait takes as long as it should, and ends with EINTR in no case: this thread blocks all signals. */
 static void *sleeper(void *unused) {
     sigset_t all, one;
@@ -200,7 +208,7 @@ static void *sleeper(void *unused) {
         struct timespec t = {0, 15000000}, at;
         struct epoll_event event;
         char byte;
-        double begun = now();
+        double begun = now(), tick = ticks();
         CHECK(begun >= before);
         switch (turns[SLEEPER] % 8) {
         case 0:
@@ -233,7 +241,7 @@ static void *sleeper(void *unused) {
         }
         before = now();
         /* milliseconds are rounded, and clocks of nodes differ by less than a round trip */
-        double took = before - begun;
+        double took = turns[SLEEPER] % 8 == 5 ? ticks() - tick : before - begun;
         if (took < 0.0125 || took >= 30)
             fprintf(stderr, "wait %ld of the sleeper took %f s\n", turns[SLEEPER] % 8, took);
         CHECK(took >= 0.0125 && took < 30);

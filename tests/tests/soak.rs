@@ -11,7 +11,7 @@ use tests::or_skip;
 use tests::running::{Running, wait_for};
 
 /// How often it is moved, unless [`MOVES_VARIABLE`] says otherwise.
-const MOVES: usize = 200;
+const MOVES: usize = 1000;
 /// Environment variable with another number.
 const MOVES_VARIABLE: &str = "MOSRUN_TESTS_SOAK_MOVES";
 /// A move is begun so often at most; one takes longer on a busy machine.
