@@ -510,11 +510,15 @@ impl Sleep {
         bytes
     }
 
-    /// Puts what is left at this time of home's CLOCK_MONOTONIC into the registers of its call, if it is there.
+    /// Puts what is left at this time of home's CLOCK_MONOTONIC into the registers of its call, if it is there and the call has not been
+    /// made yet.
     pub fn put_left(&self, regs: &mut Regs, now_ns: i64) {
         let Place::Milliseconds(argument) = self.place else {
             return;
         };
+        if regs.orig_rax != u64::MAX {
+            return;
+        }
         let left_ns = self.until_ns.saturating_sub(now_ns).max(0) as u64;
         let mut args = regs.call_args();
         // Not earlier, and not negative, which is for ever.

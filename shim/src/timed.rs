@@ -96,7 +96,14 @@ pub fn end_at(
     let now_ns = clocks().monotonic_ns;
     match place {
         Place::Timespec(at) => write(at, &sleep.left(now_ns))?,
-        Place::Milliseconds(_) => sleep.put_left(regs, now_ns),
+        Place::Milliseconds(_) => {
+            let mut call = Regs {
+                orig_rax: u64::MAX,
+                ..*regs
+            };
+            sleep.put_left(&mut call, now_ns);
+            regs.set_call(regs.rax, call.call_args());
+        }
     }
     Ok(Some(sleep))
 }
@@ -418,15 +425,16 @@ mod tests {
         assert!(regs.r10 < 0x7000 - 128 && regs.rax == futex);
         // A time that has passed ends at once, and does not wait for ever.
         assert_eq!(sleep.left(until_ns + 5), [0; 16]);
-        sleep_of(&mut regs);
-        assert_eq!(regs.rdx, 0);
-    }
-
-    fn sleep_of(regs: &mut Regs) {
         let past = Sleep {
             place: Place::Milliseconds(2),
             until_ns: 5,
         };
-        past.put_left(regs, 9);
+        // One that is in its call is left alone.
+        regs.rdx = 7;
+        past.put_left(&mut regs, 9);
+        assert_eq!(regs.rdx, 7);
+        regs.orig_rax = u64::MAX;
+        past.put_left(&mut regs, 9);
+        assert_eq!(regs.rdx, 0);
     }
 }
