@@ -344,6 +344,13 @@ fn guests_get_limits_and_niceness_and_dump_no_core() {
             stat.rsplit(')').next().unwrap().split_whitespace().nth(16),
             Some("7")
         );
+        // Where the kernel has autogroups. A plain user may be refused.
+        let session = fs::read_to_string(format!("/proc/{}/autogroup", blank.outer_pid));
+        if nix::unistd::geteuid().is_root()
+            && let Some(session) = session.ok().filter(|session| !session.is_empty())
+        {
+            assert!(session.ends_with(" nice 7\n"), "{session}");
+        }
         kill_and_reap(&blank);
     });
 }

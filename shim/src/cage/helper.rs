@@ -19,6 +19,8 @@ pub struct Plan {
     pub hostname: Vec<u8>,
     pub limits: Vec<Limit>,
     pub nice: i32,
+    /// the same as text
+    pub nice_text: String,
     pub elf: &'static [u8],
     /// pid of the supervisor
     pub parent: i32,
@@ -49,6 +51,7 @@ impl Plan {
             hostname: options.hostname.as_bytes().to_vec(),
             limits: options.limits.clone(),
             nice: options.nice,
+            nice_text: options.nice.to_string(),
             elf: super::image::elf(),
             parent,
             lifeline,
@@ -225,6 +228,11 @@ fn build(plan: &Plan) -> Step<Report> {
         check(Stage::Prepare, libc::prctl(libc::PR_SET_DUMPABLE, 1).into())?;
         // No terminal's signals for the guests.
         libc::setsid();
+    }
+    if plan.nice > 0 {
+        // Where the kernel shares processors among sessions, a nice value counts within one only. Without a privilege it cannot be set
+        // more than ten times a second by all processes together: then it stays as it is.
+        let _ = write_file(Stage::Prepare, c"/proc/self/autogroup", plan.nice_text.as_bytes());
     }
     let mut fds = Fds {
         lifeline: high(plan.lifeline)?,
