@@ -458,7 +458,9 @@ fn add_kept(image: &mut ProcessImage, kept: Kept) {
     for (tid, info) in kept.signals() {
         match image.threads.iter_mut().find(|t| t.tid == tid) {
             Some(thread) => thread.pending.push(info),
-            None => image.pending.push(info),
+            None if tid == 0 => image.pending.push(info),
+            // What is for one thread alone ends with that.
+            None => {}
         }
     }
 }

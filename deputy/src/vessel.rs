@@ -104,6 +104,11 @@ impl Home {
         self.shared.catchers.write().insert(pid, parts.catcher);
         self.tasks
             .insert(parts.catcher, Task::new(parts.catcher, pid, Role::Catcher));
+        for (tid, signals) in parts.unblocked {
+            if let Some(task) = self.tasks.get_mut(&tid) {
+                task.unblocked |= signals;
+            }
+        }
         for tid in parts.listening {
             if let Some(task) = self.tasks.get_mut(&tid) {
                 task.group_stopped = true;

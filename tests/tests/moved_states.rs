@@ -46,6 +46,20 @@ fn waits_keep_their_deadlines() {
     }
 }
 
+/// Timers that were made at home, or on a node that the process has left since, too.
+#[test]
+fn a_timer_of_one_thread_goes_on() {
+    let _lab = or_skip!(Lab::shared());
+    or_skip!(guest("own_timer", Link::Dynamic));
+    for (how, ways) in [
+        (How::Home, ["2", "home", "3", "2"]),
+        (How::Away(2), ["3", "home", "2", "home"]),
+    ] {
+        let mut job = moved("own_timer", how, &ways, Duration::ZERO);
+        assert_eq!(job.wait(), End::Code(0), "begun {how:?}");
+    }
+}
+
 #[test]
 fn a_process_without_its_first_thread() {
     let _lab = or_skip!(Lab::shared());

@@ -99,20 +99,34 @@ impl Tracer {
             }
             return Ok(());
         };
+        // A guest that has left, and come back since, may not be quite dead yet: its threads have the same numbers.
+        let own = |t: &&super::tracer::Traced| Arc::ptr_eq(&t.thread.guest, &guest);
+        let named = self
+            .threads
+            .values()
+            .filter(own)
+            .find(|t| t.thread.tid == signal.tid);
+        let named = named.map(|t| t.thread.clone());
+        if signal.tid != 0
+            && named.is_none()
+            && self.threads.values().filter(own).any(|t| t.cloning.is_some())
+        {
+            // Home's thread may have got it before there is one here.
+            if self.early.len() < EARLY_MAX {
+                self.early.push(signal.clone());
+            }
+            return Ok(());
+        }
         let mut relayed = guest.relayed.lock();
         if !relayed.admits(signal) {
             return Ok(());
         }
+        if signal.tid != 0 && named.is_none() {
+            // What is for one thread alone ends with that.
+            return Ok(());
+        }
         let info = shim::signal::info_from_bytes(&signal.info);
-        // A guest that has left, and come back since, may not be quite dead yet: its threads have the same numbers.
-        let target = if signal.tid != 0 {
-            self.threads
-                .values()
-                .find(|t| t.thread.tid == signal.tid && Arc::ptr_eq(&t.thread.guest, &guest))
-                .map(|t| t.thread.clone())
-        } else {
-            self.taker(&guest, sig)
-        };
+        let target = named.or_else(|| self.taker(&guest, sig));
         let waits = |t: &Arc<Thread>| {
             let traced = self.threads.get(&t.outer);
             traced.is_some_and(|t| t.waits.is_some_and(|w| w.is_for(sig)))
@@ -192,16 +206,18 @@ impl Tracer {
         Ok(())
     }
 
-    /// Relays what came for a child before it was there.
-    pub(super) fn relay_early(&mut self, pid: i32) {
+    /// Relays what came for a child, or a thread, before it was there.
+    pub(super) fn relay_early(&mut self, id: i32) {
         let all = std::mem::take(&mut self.early);
-        let (its, others) = all.into_iter().partition(|s: &wire::Signal| s.pid == pid);
+        let (its, others) = all
+            .into_iter()
+            .partition(|s: &wire::Signal| s.pid == id || s.tid == id);
         if self.threads.values().any(|t| t.cloning.is_some()) {
             self.early = others;
         }
         for signal in its {
             if let Err(e) = self.relay(&signal) {
-                tracing::debug!(pid, error = format!("{e:#}"), "early signal");
+                tracing::debug!(id, error = format!("{e:#}"), "early signal");
             }
         }
     }

@@ -220,10 +220,16 @@ impl Vessel {
         let mut threads = Vec::new();
         let mut caught = Vec::new();
         for thread in &image.threads {
-            let stopped = stop(thread.tid, &mut caught)?;
+            let mut own = Vec::new();
+            let stopped = stop(thread.tid, &mut own)?;
+            // From a timer for this thread, or from somebody to this thread.
+            let (own, all): (Vec<SigInfo>, Vec<SigInfo>) = own
+                .into_iter()
+                .partition(|info| [libc::SI_TIMER, libc::SI_TKILL].contains(&info.code()));
+            caught.extend(all);
             let mut calls = RemoteCalls::begin(stopped, TRAMPOLINE)?;
             register(&mut calls, &memory, thread)?;
-            for info in &thread.pending {
+            for info in thread.pending.iter().chain(&own) {
                 requeue(&mut calls, &memory, self.pid, thread.tid, false, info)?;
             }
             threads.push((calls, thread));
@@ -493,8 +499,8 @@ fn map(
     Ok(())
 }
 
-/// Brings a thread of the vessel to an event stop. A stop signal begins its group-stop; others (those of the terminal, which
-/// workers do not block) are kept for the process.
+/// Brings a thread of the vessel to an event stop. A stop signal begins its group-stop; others (those of the terminal, and those that are
+/// for it alone, which workers do not block) are kept.
 fn stop(tid: i32, caught: &mut Vec<SigInfo>) -> Result<Stopped, VesselError> {
     loop {
         ptrace::interrupt(tid)?;

@@ -5,6 +5,8 @@ mod home;
 mod room;
 pub(crate) mod stub;
 
+use std::collections::HashMap;
+use std::fs;
 use std::ops::Range;
 
 use linklayer::image::{PAGE, Regs, SigAction, SigInfo};
@@ -91,6 +93,8 @@ pub struct Parts {
     pub pending: Vec<(i32, SigInfo)>,
     /// Threads that are in a group-stop and listen for SIGCONT.
     pub listening: Vec<i32>,
+    /// Signals that a timer of the process sends to one thread alone, as sets, which that one's worker does not block.
+    pub unblocked: HashMap<i32, u64>,
 }
 
 impl Vessel {
@@ -269,7 +273,10 @@ impl Prepared {
     pub fn settle(self, keep: bool) -> Result<(Vessel, Parts), VesselError> {
         let (pid, catcher, by) = (self.pid, self.catcher.tid(), self.leader.tid());
         // From here on nothing fails but by the death of the process.
+        let unblocked =
+            timers_of_threads(&fs::read_to_string(format!("/proc/{pid}/timers")).unwrap_or_default());
         let settled = settle(
+            &unblocked,
             self.threads,
             self.leader,
             self.catcher,
@@ -287,6 +294,7 @@ impl Prepared {
             actions: self.actions,
             pending: settled.pending,
             listening: settled.listening,
+            unblocked,
         };
         Ok((vessel, parts))
     }
@@ -407,6 +415,7 @@ impl Drop for Raised {
 
 /// Puts all threads to work, after the memory (of the process that is reached by `emptied`) has gone.
 fn settle(
+    unblocked: &HashMap<i32, u64>,
     threads: Vec<Stopped>,
     leader: RemoteCalls,
     catcher: Stopped,
@@ -450,7 +459,9 @@ fn settle(
     }
     let mut listening = Vec::new();
     for (calls, slot) in workers.into_iter().zip(slots) {
-        resume(calls.end_with(&worker_regs(slot), WORKER_MASK)?, &mut listening)?;
+        let own = unblocked.get(&calls.tid()).copied().unwrap_or(0);
+        let worker = calls.end_with(&worker_regs(slot), WORKER_MASK & !own)?;
+        resume(worker, &mut listening)?;
     }
     resume(catcher, &mut listening)?;
     Ok(Settled {
@@ -467,6 +478,28 @@ struct Settled {
     pending: Vec<(i32, SigInfo)>,
     /// Those, with the catcher, that are in a group-stop.
     listening: Vec<i32>,
+}
+
+/// The signals that timers send to single threads, as sets, in /proc/PID/timers (SIGEV_THREAD_ID; proc_pid_timers(5)).
+fn timers_of_threads(text: &str) -> HashMap<i32, u64> {
+    let mut found = HashMap::new();
+    let mut signal = None;
+    for line in text.lines() {
+        if let Some(value) = line.strip_prefix("signal: ") {
+            signal = value
+                .split('/')
+                .next()
+                .and_then(|number| number.parse::<u32>().ok());
+        } else if let Some(value) = line.strip_prefix("notify: ")
+            && let Some(tid) = value
+                .split_once("/tid.")
+                .and_then(|(_, tid)| tid.trim().parse().ok())
+            && let Some(signal @ 1..=64) = signal
+        {
+            *found.entry(tid).or_insert(0) |= 1 << (signal - 1);
+        }
+    }
+    found
 }
 
 /// Takes the signals off a thread's queue that are for it alone. Those for the process stay.
@@ -586,4 +619,17 @@ fn make_catcher(calls: &mut RemoteCalls) -> Result<Stopped, VesselError> {
     stopped.set_regs(&regs)?;
     stopped.set_sigmask(0)?;
     Ok(stopped)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timers_of_threads_are_known() {
+        let text = "ID: 0\nsignal: 36/00007ffc\nnotify: signal/tid.50\nClockID: 1\nID: 1\nsignal: 14/0\nnotify: signal/pid.14\nClockID: 0\n\
+                    ID: 2\nsignal: 34/0\nnotify: signal/tid.50\nClockID: 1\nID: 3\nsignal: 99/0\nnotify: none/tid.3\n";
+        assert_eq!(timers_of_threads(text), HashMap::from([(50, 1 << 35 | 1 << 33)]));
+        assert_eq!(timers_of_threads(""), HashMap::new());
+    }
 }
