@@ -15,7 +15,7 @@ use nix::sys::eventfd::EventFd;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use shim::ptrace::{self, Status, Stop, Stopped, Target};
-use shim::timed::Timed;
+use shim::timed::{Looker, Timed};
 
 use crate::process::{Mode, Process, Role, Task};
 use crate::shared::{Command, Shared};
@@ -199,6 +199,10 @@ impl Home {
             _ => own,
         };
         if wanted {
+            let native = self.tasks.get_mut(&tid).filter(|task| task.role == Role::Native);
+            if let Some(task) = native {
+                task.seen = Looker::default().look(tid);
+            }
             return unless_gone(ptrace::interrupt(tid));
         }
         Ok(())

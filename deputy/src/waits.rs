@@ -66,10 +66,13 @@ impl Home {
         };
         let mut regs = stopped.regs()?;
         if regs.orig_rax == wait.nr && restarts::is_made_to(&regs) {
-            timed::end_at(&mut regs, wait.nr, wait.until_ns, |at, bytes| {
+            let end = timed::end_at(&mut regs, wait.nr, wait.until_ns, |at, bytes| {
                 memory.write_forced(at, bytes)
-            })?;
-            stopped.set_regs(&regs)?;
+            });
+            match end {
+                Ok(_) => stopped.set_regs(&regs)?,
+                Err(e) => tracing::debug!(pid, error = %e, "rest of a wait"),
+            }
         }
         Ok(())
     }

@@ -279,12 +279,14 @@ impl Tracer {
 
     /// A thread of a guest, named by its tid at home, that stands still.
     fn standing(&mut self, pid: i32, tid: i32) -> Option<&mut Stopped> {
-        let traced = self.threads.values_mut().find(|t| t.thread.tid == tid)?;
-        let outer = traced.thread.outer;
-        let built = self.built.get_mut(&pid).into_iter().flatten();
-        built
-            .chain(&mut traced.held)
-            .find(|stopped| stopped.tid() == outer)
+        let threads = &mut self.threads;
+        // A guest that has left, and come back since, may not be quite dead yet: its threads have the same numbers.
+        let is_it = |stopped: &&mut Stopped| threads.get(&stopped.tid()).is_some_and(|t| t.thread.tid == tid);
+        let built = self.built.get_mut(&pid).into_iter().flatten().find(is_it);
+        built.or_else(|| {
+            let own = threads.values_mut().filter(|t| t.thread.tid == tid);
+            own.filter_map(|t| t.held.as_mut()).next()
+        })
     }
 
     /// Home has committed: the guest runs, unless it is to stand still.

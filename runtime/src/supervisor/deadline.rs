@@ -24,8 +24,8 @@ const RED_ZONE: u64 = 128;
 /// out of. `ahead_ns` is how far home's CLOCK_MONOTONIC is ahead of this node's.
 ///
 /// # Errors
-/// Which wait is restarted, or since when, is not known: this kernel has interrupted it without anybody seeing it, for a signal that another
-/// thread took. It cannot be made again elsewhere.
+/// Which wait is restarted is not known: this kernel has interrupted it without anybody seeing it, for a signal that another thread
+/// took. It cannot be made again elsewhere.
 pub(super) fn keep(own: &Traced, image: &mut ThreadImage, ahead_ns: i64) -> Result<(), StayReason> {
     let Some(rewound) = image.rewound else {
         return Ok(());
