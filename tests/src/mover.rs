@@ -14,6 +14,7 @@ use linklayer::wire::{Mode, MoveReport};
 use runtime::jobs::client::{self, JobError};
 use runtime::jobs::{HOME, ProcInfo};
 
+use crate::faults::Fault;
 use crate::lab::Lab;
 
 /// From the beginning of one move of a process to that of its next.
@@ -189,6 +190,24 @@ impl Steering {
     pub fn migrate(&self, pid: u32, to: u32, mode: Mode) -> Result<MoveReport, String> {
         let (socket, _, pid) = client::find(&self.rundirs, pid).map_err(|e| e.to_string())?;
         client::migrate(&socket, pid, to, mode, &mut |_| {}).map_err(|e| e.to_string())
+    }
+
+    /// The same with a fault armed that may be in what comes later. Where all had been sent while the process ran, and nothing has changed
+    /// since, as on a machine on which it does not get on, there is nothing of that: then it goes back and is moved again.
+    pub fn migrate_into(
+        &self,
+        pid: u32,
+        (from, to): (u32, u32),
+        mode: Mode,
+        fault: &Fault,
+    ) -> Result<MoveReport, String> {
+        loop {
+            let report = self.migrate(pid, to, mode)?;
+            if mode != Mode::Hybrid || report.after.pages.pages != 0 || fault.happened() {
+                return Ok(report);
+            }
+            self.migrate(pid, from, Mode::Freeze)?;
+        }
     }
 }
 

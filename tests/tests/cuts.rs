@@ -3,6 +3,7 @@
 //!
 //! Many processes move at the same time. Each stands at another point of its move when the link is cut.
 
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -55,7 +56,7 @@ struct Moving {
     case: Case,
     job: Running,
     pid: u32,
-    fault: Option<Fault>,
+    fault: Option<Arc<Fault>>,
     result: Option<JoinHandle<Result<MoveReport, String>>>,
 }
 
@@ -126,14 +127,21 @@ fn try_all(
     eprintln!("{} processes after {:?}", all.len(), begun.elapsed());
     for one in &mut all {
         let Case {
-            at, point, to, mode, ..
+            at,
+            point,
+            from,
+            to,
+            mode,
+            ..
         } = one.case;
-        let fault = points.arm(at.max(1), point, Some(one.pid as i32), "wait");
+        let fault = Arc::new(points.arm(at.max(1), point, Some(one.pid as i32), "wait"));
         if mode == Mode::Hybrid {
             one.does("dirty", 0, CHANGED).expect("its memory changes");
         }
-        let (steering, pid) = (Steering::of(lab), one.pid);
-        one.result = Some(std::thread::spawn(move || steering.migrate(pid, to, mode)));
+        let (steering, pid, armed) = (Steering::of(lab), one.pid, fault.clone());
+        one.result = Some(std::thread::spawn(move || {
+            steering.migrate_into(pid, (from, to), mode, &armed)
+        }));
         one.fault = Some(fault);
     }
     for one in &all {

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use linklayer::wire::{Mode, MoveReport};
+use linklayer::wire::Mode;
 use tests::build::{Link, guest};
 use tests::compare::{End, How};
 use tests::faults::await_none;
@@ -77,15 +77,7 @@ impl Faults {
         }
         let fault = self.points.arm(at, point, Some(pid), does);
         let begun = Instant::now();
-        let mut result = self.steering.migrate(pid as u32, to, mode);
-        // Where all had been sent while it ran, and nothing changed, nothing is left for later: on a machine where it does not get on.
-        let all_sent = |report: &MoveReport| report.after.pages.pages == 0;
-        while mode == Mode::Hybrid && result.as_ref().is_ok_and(all_sent) && !fault.happened() {
-            self.steering
-                .migrate(pid as u32, from, Mode::Freeze)
-                .expect("a move");
-            result = self.steering.migrate(pid as u32, to, mode);
-        }
+        let result = self.steering.migrate_into(pid as u32, (from, to), mode, &fault);
         let took = begun.elapsed();
         eprintln!("{what}: {took:?}: {:?}", result.as_ref().map(|r| &r.note));
         // The last part of a move may come after it was reported.
