@@ -1,6 +1,7 @@
 //! Running processes are moved: home, to nodes, from node to node, with threads that compute and calls that wait.
 
 use std::process::Output;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -354,10 +355,16 @@ fn a_process_survives_where_it_is_when_its_next_node_is_lost() {
         let before = lab.inspect(3, supervisor);
         let mut line = lab.exec(1);
         line.args(["mosmigrate", "--mode", mode, &pid.to_string(), "3"]);
-        let migrating = std::thread::spawn(move || line.output().expect("mosmigrate starts"));
+        let mut migrating = Some(std::thread::spawn(move || {
+            line.output().expect("mosmigrate starts")
+        }));
         let mut receiver = String::new();
         // Home may have to notice first that the supervisor that was there before is gone.
         wait_for("a part of it to be there", Duration::from_secs(90), || {
+            if migrating.as_ref().is_some_and(JoinHandle::is_finished) {
+                let ended = migrating.take().map(JoinHandle::join);
+                panic!("{mode}: it ended before: {ended:?}\n{}", lab.diagnosis());
+            }
             let now = lab.inspect(3, supervisor);
             receiver = now
                 .lines()
@@ -372,7 +379,8 @@ fn a_process_survives_where_it_is_when_its_next_node_is_lost() {
             !receiver.is_empty() && kib.is_some_and(|kib| kib > 24 << 10)
         });
         lab.inspect(3, format!("kill -KILL {receiver}"));
-        let output = migrating.join().expect("mosmigrate ends");
+        let output = migrating.take().map(JoinHandle::join);
+        let output = output.and_then(Result::ok).expect("mosmigrate ends");
         assert!(!output.status.success(), "{mode}: {}", text(&output));
         assert!(
             text(&output).contains("stays at node 2"),
