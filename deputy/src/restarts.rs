@@ -53,30 +53,17 @@ fn ends_early(nr: i64) -> bool {
 
 /// Whether a thread is in a call that would begin its timeout anew if it were made again.
 pub fn waits_for_a_time(tid: i32) -> bool {
-    // "running", or number and arguments, the stack pointer and the address of the call (proc_pid_syscall(5)).
-    let text = std::fs::read_to_string(format!("/proc/{tid}/syscall")).unwrap_or_default();
-    let mut words = text.split_whitespace();
-    let Some(nr) = words.next().and_then(|word| word.parse::<i64>().ok()) else {
+    let Some((nr, args)) = timed::call_of(tid) else {
         return false;
     };
-    let number = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
-    let args: Vec<u64> = words.map_while(number).collect();
-    let arg = |n: usize| args.get(n).copied().unwrap_or(0);
-    match nr {
+    match nr as i64 {
         libc::SYS_epoll_wait
         | libc::SYS_epoll_pwait
         | libc::SYS_rt_sigtimedwait
         | libc::SYS_epoll_pwait2
-        | libc::SYS_semtimedop
-            if timed::is_told() =>
-        {
-            false
-        }
-        libc::SYS_epoll_wait | libc::SYS_epoll_pwait => arg(3) as i32 > 0,
-        libc::SYS_rt_sigtimedwait => arg(2) != 0,
-        libc::SYS_epoll_pwait2 | libc::SYS_semtimedop => arg(3) != 0,
-        libc::SYS_io_getevents | IO_PGETEVENTS => arg(4) != 0,
-        nr if ends_early(nr) && nr != libc::SYS_semop => socket_has_timeout(tid, arg(0) as i32),
+        | libc::SYS_semtimedop => !timed::is_told() && timed::has_limit(nr, &args),
+        libc::SYS_io_getevents | IO_PGETEVENTS => args[4] != 0,
+        nr if ends_early(nr) && nr != libc::SYS_semop => socket_has_timeout(tid, args[0] as i32),
         _ => false,
     }
 }

@@ -162,7 +162,7 @@ impl Home {
             None => self.lane_of_signals(pid),
         };
         // From a timer for this thread alone, or from another process to this thread.
-        let for_thread = [libc::SI_TIMER, libc::SI_TKILL].contains(&info.code())
+        let for_thread = shim::signal::is_for_one_thread(&info)
             && self
                 .tasks
                 .get(&tid)

@@ -46,6 +46,12 @@ pub fn queue_by_itself(stopped: &mut Stopped, infos: &[SigInfo]) -> Result<(), C
     made
 }
 
+/// Whether a signal that a worker has taken, which blocks all but those for its thread and a terminal's, is for that thread alone: from a
+/// timer (SIGEV_THREAD_ID) or from tgkill(2).
+pub fn is_for_one_thread(info: &SigInfo) -> bool {
+    [libc::SI_TIMER, libc::SI_TKILL].contains(&info.code())
+}
+
 /// Queues a signal for one thread.
 pub fn queue_thread(pid: i32, tid: i32, signal: i32, info: &SigInfo) -> io::Result<()> {
     // SAFETY: the kernel reads 128 bytes at the pointer, which SigInfo has.

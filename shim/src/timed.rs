@@ -52,6 +52,11 @@ fn timeout_of(nr: u64, args: &[u64; 6]) -> Option<Timeout> {
     }
 }
 
+/// Whether a call with these arguments waits for at most a time from now, as [`limit_ns`] tells.
+pub fn has_limit(nr: u64, args: &[u64; 6]) -> bool {
+    timeout_of(nr, args).is_some()
+}
+
 /// How long a call with these arguments waits at most, nanoseconds; `read` reads the program's memory. `None`: for ever, or it is none of the
 /// calls that this is about.
 pub fn limit_ns(nr: u64, args: &[u64; 6], read: impl Fn(u64, &mut [u8]) -> io::Result<()>) -> Option<i64> {
@@ -183,10 +188,10 @@ impl Looker {
         // Once more when it did something meanwhile, or the clock of its processor was not known.
         for _ in 0..4 {
             let before = Ran::of(tid)?;
-            let Some((nr, marks)) = call_of(tid) else {
+            let Some((nr, marks)) = waits_in(tid) else {
                 return Some(Look(None));
             };
-            let args = [marks[2], marks[3], marks[4], marks[5], marks[6], marks[7]];
+            let args = args_of(&marks);
             if nr != libc::SYS_restart_syscall as u64 && timeout_of(nr, &args).is_none() {
                 return Some(Look(None));
             }
@@ -278,8 +283,19 @@ impl Timed {
     }
 }
 
+/// The call that a thread waits in, and its arguments.
+pub fn call_of(tid: i32) -> Option<(u64, [u64; 6])> {
+    waits_in(tid).map(|(nr, marks)| (nr, args_of(&marks)))
+}
+
+/// The arguments in the marks of a call.
+fn args_of(marks: &[u64; 8]) -> [u64; 6] {
+    let [_, _, args @ ..] = *marks;
+    args
+}
+
 /// The call that a thread waits in and its marks, with the address behind it.
-fn call_of(tid: i32) -> Option<(u64, [u64; 8])> {
+fn waits_in(tid: i32) -> Option<(u64, [u64; 8])> {
     parse_call(&std::fs::read_to_string(format!("/proc/{tid}/syscall")).ok()?)
 }
 
@@ -336,9 +352,7 @@ mod tests {
             wait();
         });
         let (tid, earliest) = told.recv().unwrap();
-        while call_of(tid).is_none_or(|(nr, marks)| {
-            timeout_of(nr, &[marks[2], marks[3], marks[4], marks[5], marks[6], marks[7]]).is_none()
-        }) {
+        while !call_of(tid).is_some_and(|(nr, args)| has_limit(nr, &args)) {
             assert!(!thread.is_finished());
             std::thread::yield_now();
         }

@@ -222,10 +222,8 @@ impl Vessel {
         for thread in &image.threads {
             let mut own = Vec::new();
             let stopped = stop(thread.tid, &mut own)?;
-            // From a timer for this thread, or from somebody to this thread.
-            let (own, all): (Vec<SigInfo>, Vec<SigInfo>) = own
-                .into_iter()
-                .partition(|info| [libc::SI_TIMER, libc::SI_TKILL].contains(&info.code()));
+            let (own, all): (Vec<SigInfo>, Vec<SigInfo>) =
+                own.into_iter().partition(crate::signal::is_for_one_thread);
             caught.extend(all);
             let mut calls = RemoteCalls::begin(stopped, TRAMPOLINE)?;
             register(&mut calls, &memory, thread)?;
